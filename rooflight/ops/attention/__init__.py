@@ -1,0 +1,17 @@
+"""Attention three ways: flash (no scores in memory), naive (scores in memory), paged (over a KV cache)."""
+
+from rooflight.ops.attention.flash import attention, attention_backward
+from rooflight.ops.attention.naive import attention_context, attention_scores, attention_softmax, naive_attention
+from rooflight.ops.attention.paged import gather_kv, paged_attention, write_kv
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_context",
+    "attention_scores",
+    "attention_softmax",
+    "gather_kv",
+    "naive_attention",
+    "paged_attention",
+    "write_kv",
+]

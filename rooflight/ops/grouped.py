@@ -1,0 +1,235 @@
+"""Grouped linear: every expert's own matrix over the rows that were routed to it, in one operation.
+
+y_r = W_{x(r)}·x_r + b_{x(r)}, rows sorted by expert.
+Legend: R rows  X experts  N output width  K input width
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rooflight.ops import batch
+from rooflight.ops.cost import (
+    VECTOR,
+    Access,
+    Cost,
+    Count,
+    Movement,
+    Primitive,
+    elementwise_cost,
+    precision_of,
+    tensor_bytes,
+)
+from rooflight.ops.op import Op
+
+
+def _experts_hit(rows: Count, experts: Count) -> Count:
+    """Experts that receive a row: as the batch in force says, else as many as even routing can reach."""
+    current = batch._current.get()
+    if current is not None and current.expert_tokens is not None:
+        return sum(1 for tokens in current.expert_tokens if tokens > 0)
+    return torch.sym_min(experts, rows)
+
+
+def _grouped_cost(
+    rows: Count, n: Count, k: Count, weight_XNK: Tensor, precision: str, read: Count, written: Count, curve: str
+) -> Cost:
+    return Cost(
+        flops={precision: 2 * rows * n * k},
+        bytes_read=read,
+        bytes_written=written,
+        primitive=Primitive.MATMUL,
+        access=Access.SEQUENTIAL,
+        movement=(Movement.BROADCAST, Movement.REDUCTION),
+        size=(rows, n, k, weight_XNK.shape[0]),
+        precision=precision,
+        curve=curve,
+    )
+
+
+def _weight_bytes(rows: Count, weight_XNK: Tensor) -> Count:
+    """Only experts that were hit have their weights read."""
+    experts, n, k = weight_XNK.shape
+    return _experts_hit(rows, experts) * n * k * weight_XNK.element_size()
+
+
+def _offsets(counts_X: Tensor) -> Tensor:
+    return counts_X.cumsum(0).to(torch.int32)
+
+
+def _kernel_takes(x: Tensor, *widths: int) -> bool:
+    """_grouped_mm wants bf16 and rows of whole 16 bytes; from Hopper on it is one kernel."""
+    return (
+        hasattr(torch.ops.aten, "_grouped_mm")
+        and x.dtype == torch.bfloat16
+        and all(width % 8 == 0 for width in widths)
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
+
+
+def _linear(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Tensor:
+    out_RN = x_RK.new_empty((x_RK.shape[0], weight_XNK.shape[1]))
+    start = 0
+    for expert, count in enumerate(counts_X.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            bias_N = None if bias_XN is None else bias_XN[expert]
+            out_RN[rows] = torch.nn.functional.linear(x_RK[rows], weight_XNK[expert], bias_N)
+            start += count
+    return out_RN
+
+
+def _linear_kernel(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Tensor:
+    out_RN = torch.ops.aten._grouped_mm(x_RK.contiguous(), weight_XNK.transpose(-2, -1), offs=_offsets(counts_X))
+    if bias_XN is None:
+        return out_RN
+    # The output size is given so that the GPU need not be waited for.
+    return out_RN + bias_XN.repeat_interleave(counts_X, dim=0, output_size=x_RK.shape[0])
+
+
+def _linear_shape(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Tensor:
+    return x_RK.new_empty((x_RK.shape[0], weight_XNK.shape[1]))
+
+
+def _linear_cost(out_RN: Tensor, x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Cost:
+    rows, k = x_RK.shape
+    n = weight_XNK.shape[1]
+    read = tensor_bytes((x_RK, counts_X)) + _weight_bytes(rows, weight_XNK)
+    if bias_XN is not None:
+        read = read + _experts_hit(rows, weight_XNK.shape[0]) * n * bias_XN.element_size()
+    cost = _grouped_cost(rows, n, k, weight_XNK, precision_of(x_RK), read, tensor_bytes(out_RN), "grouped_linear")
+    if bias_XN is None:
+        return cost
+    return replace(cost, flops={**cost.flops, VECTOR: cost.flops.get(VECTOR, 0) + rows * n})
+
+
+def _input_grad(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+    out_RK = grad_RN.new_empty((grad_RN.shape[0], weight_XNK.shape[2]))
+    start = 0
+    for expert, count in enumerate(counts_X.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            out_RK[rows] = grad_RN[rows] @ weight_XNK[expert]
+            start += count
+    return out_RK
+
+
+def _input_grad_kernel(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+    return torch.ops.aten._grouped_mm(grad_RN.contiguous(), weight_XNK, offs=_offsets(counts_X))
+
+
+def _input_grad_shape(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+    return grad_RN.new_empty((grad_RN.shape[0], weight_XNK.shape[2]))
+
+
+def _input_grad_cost(out_RK: Tensor, grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Cost:
+    rows, n = grad_RN.shape
+    read = tensor_bytes((grad_RN, counts_X)) + _weight_bytes(rows, weight_XNK)
+    return _grouped_cost(
+        rows, weight_XNK.shape[2], n, weight_XNK, precision_of(grad_RN), read, tensor_bytes(out_RK), "grouped_linear"
+    )
+
+
+def _weight_grad(grad_RN: Tensor, x_RK: Tensor, counts_X: Tensor) -> Tensor:
+    out_XNK = grad_RN.new_zeros((counts_X.shape[0], grad_RN.shape[1], x_RK.shape[1]))
+    start = 0
+    for expert, count in enumerate(counts_X.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            out_XNK[expert] = grad_RN[rows].t() @ x_RK[rows]
+            start += count
+    return out_XNK
+
+
+def _weight_grad_kernel(grad_RN: Tensor, x_RK: Tensor, counts_X: Tensor) -> Tensor:
+    return torch.ops.aten._grouped_mm(grad_RN.contiguous().t(), x_RK.contiguous(), offs=_offsets(counts_X))
+
+
+def _weight_grad_shape(grad_RN: Tensor, x_RK: Tensor, counts_X: Tensor) -> Tensor:
+    return grad_RN.new_empty((counts_X.shape[0], grad_RN.shape[1], x_RK.shape[1]))
+
+
+def _weight_grad_cost(out_XNK: Tensor, grad_RN: Tensor, x_RK: Tensor, counts_X: Tensor) -> Cost:
+    # Every expert's gradient is written: zeros where no row came.
+    rows, n = grad_RN.shape
+    read = tensor_bytes((grad_RN, x_RK, counts_X))
+    return _grouped_cost(
+        rows, n, x_RK.shape[1], out_XNK, precision_of(grad_RN), read, tensor_bytes(out_XNK), "grouped_weight_grad"
+    )
+
+
+def _bias_grad(grad_RN: Tensor, counts_X: Tensor) -> Tensor:
+    experts = counts_X.shape[0]
+    expert_R = torch.arange(experts, device=grad_RN.device).repeat_interleave(counts_X, output_size=grad_RN.shape[0])
+    out_XN = torch.zeros((experts, grad_RN.shape[1]), dtype=torch.float32, device=grad_RN.device)
+    return out_XN.index_add_(0, expert_R, grad_RN.float()).to(grad_RN.dtype)
+
+
+def _bias_grad_shape(grad_RN: Tensor, counts_X: Tensor) -> Tensor:
+    return grad_RN.new_empty((counts_X.shape[0], grad_RN.shape[1]))
+
+
+def _bias_grad_cost(out_XN: Tensor, grad_RN: Tensor, counts_X: Tensor) -> Cost:
+    return elementwise_cost(
+        grad_RN.numel(),
+        (grad_RN, counts_X),
+        (out_XN,),
+        size=(grad_RN.shape[0], grad_RN.shape[1]),
+        primitive=Primitive.REDUCTION,
+        access=Access.STRIDED,
+        movement=(Movement.REDUCTION,),
+    )
+
+
+grouped_input_grad = Op(
+    "grouped_input_grad",
+    _input_grad,
+    cost=_input_grad_cost,
+    shape=_input_grad_shape,
+    kernel=_input_grad_kernel,
+    kernel_takes=lambda grad_RN, weight_XNK, counts_X: _kernel_takes(grad_RN, *weight_XNK.shape[1:]),
+)
+grouped_weight_grad = Op(
+    "grouped_weight_grad",
+    _weight_grad,
+    cost=_weight_grad_cost,
+    shape=_weight_grad_shape,
+    kernel=_weight_grad_kernel,
+    kernel_takes=lambda grad_RN, x_RK, counts_X: _kernel_takes(x_RK, grad_RN.shape[1], x_RK.shape[1]),
+)
+grouped_bias_grad = Op("grouped_bias_grad", _bias_grad, cost=_bias_grad_cost, shape=_bias_grad_shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_RK, weight_XNK, _, counts_X = inputs
+    # Only what a wanted gradient needs: frozen experts keep no activations alive.
+    ctx.save_for_backward(
+        x_RK if ctx.needs_input_grad[1] else None, weight_XNK if ctx.needs_input_grad[0] else None, counts_X
+    )
+
+
+def _backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
+    x_RK, weight_XNK, counts_X = ctx.saved_tensors
+    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    return (
+        grouped_input_grad(grad_RN, weight_XNK, counts_X) if need_x else None,
+        grouped_weight_grad(grad_RN, x_RK, counts_X) if need_weight else None,
+        grouped_bias_grad(grad_RN, counts_X) if need_bias else None,
+        None,
+    )
+
+
+grouped_linear = Op(
+    "grouped_linear",
+    _linear,
+    cost=_linear_cost,
+    shape=_linear_shape,
+    kernel=_linear_kernel,
+    kernel_takes=lambda x_RK, weight_XNK, bias_XN, counts_X: _kernel_takes(x_RK, *weight_XNK.shape[1:]),
+    backward=_backward,
+    setup=_setup,
+)

@@ -1,0 +1,98 @@
+"""Rotary position embedding: the cos/sin table of a step, and its application to queries and keys at once.
+
+q' = q·cos(pθ) + rotate(q)·sin(pθ), θ_i = base^(−2i/R) (Su et al. 2021, 2104.09864); the first R of E dimensions turn.
+Legend: T tokens  H query heads  K key heads  E head dim  R rotary dims  C = R/2 frequencies
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rooflight.ops.cost import Access, Cost, Movement, elementwise_cost
+from rooflight.ops.op import Op
+
+
+def _rotary_table(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    angles_TC = positions_T.float().unsqueeze(-1) * frequencies_C.float()
+    return angles_TC.cos() * scale, angles_TC.sin() * scale
+
+
+def _rotary_table_cost(out: tuple[Tensor, Tensor], positions_T: Tensor, frequencies_C: Tensor, scale: float) -> Cost:
+    tokens, channels = out[0].shape
+    return elementwise_cost(
+        5 * tokens * channels,
+        (positions_T, frequencies_C),
+        out,
+        size=(tokens, channels),
+        movement=(Movement.BROADCAST,),
+    )
+
+
+rotary_table = Op("rotary_table", _rotary_table, cost=_rotary_table_cost)
+
+
+def _turn(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool) -> Tensor:
+    channels = cos_TC.shape[-1]
+    turned, kept = x_THE[..., : 2 * channels].float(), x_THE[..., 2 * channels :]
+    cos, sin = cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :channels], turned[..., channels:]
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((out.to(x_THE.dtype), kept), dim=-1)
+
+
+def _rotary(
+    q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool = False, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    sin_TC = -sin_TC if inverse else sin_TC
+    return _turn(q_THE, cos_TC, sin_TC, interleaved), _turn(k_TKE, cos_TC, sin_TC, interleaved)
+
+
+def _rotary_shape(
+    q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool = False, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    return q_THE.new_empty(q_THE.shape), k_TKE.new_empty(k_TKE.shape)
+
+
+def _rotary_cost(
+    out: tuple[Tensor, Tensor],
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> Cost:
+    tokens, channels = cos_TC.shape
+    heads = q_THE.shape[1] + k_TKE.shape[1]
+    # A pair: four products, an addition and a subtraction. The inverse negates the small table once.
+    flops = 6 * tokens * heads * channels + (tokens * channels if inverse else 0)
+    return elementwise_cost(
+        flops,
+        (q_THE, k_TKE, cos_TC, sin_TC),
+        out,
+        size=(tokens, heads * q_THE.shape[2]),
+        access=Access.STRIDED,
+        movement=(Movement.BROADCAST,),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos_TC, sin_TC, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos_TC, sin_TC)
+
+
+def _backward(ctx: Any, grad_q_THE: Tensor, grad_k_TKE: Tensor) -> tuple[Any, ...]:
+    cos_TC, sin_TC = ctx.saved_tensors
+    # A rotation's transpose is the rotation back.
+    grad_q, grad_k = rotary(grad_q_THE, grad_k_TKE, cos_TC, sin_TC, ctx.interleaved, not ctx.inverse)
+    return grad_q, grad_k, None, None, None, None
+
+
+rotary = Op("rotary", _rotary, cost=_rotary_cost, shape=_rotary_shape, backward=_backward, setup=_setup)

@@ -1,0 +1,263 @@
+"""Rows of the loss, sampling, optimizer, mixture-of-experts and collective operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rooflight.ops import batch, dispatch, loss
+
+from . import formulas as f
+from . import scalar_rest as sr
+from .case import Case, Draw
+from .formulas import gradients
+
+T, V, D = 5, 11, 6
+X, K, N = 8, 3, 7  # experts, experts a token, output width
+CAP, IGNORE = 3.0, loss.IGNORE
+
+
+def _targets(r: Draw, ignore: bool) -> Tensor:
+    targets = r.below(V, T)
+    if ignore:
+        targets[2] = IGNORE
+    return targets
+
+
+def _loss_backward_args(r: Draw, cap: float, ignore: bool) -> tuple[Any, ...]:
+    logits, targets = r(T, V), _targets(r, ignore)
+    return r.fp32(), logits, targets, loss.cross_entropy(logits, targets, IGNORE, cap)[1], IGNORE, cap
+
+
+def _with_grad(x: Tensor, w: Tensor, t: Tensor, cap: float, ignore: int) -> Any:
+    one = torch.ones((), dtype=x.dtype)
+    value = f.linear_cross_entropy(x, w, t, cap, ignore)
+    return value, *gradients(lambda a, b: f.linear_cross_entropy(a, b, t, cap, ignore), (x, w), one)
+
+
+def _losses() -> list[Case]:
+    rows = []
+    for cap, ignore in ((0.0, False), (CAP, False), (CAP, True)):
+        # A row with ignored tokens has no scalar count: the price takes every token as kept.
+        why = "prices take every token as kept" if ignore else ""
+        label = f"{'softcap' * bool(cap)}{'-ignored' * ignore}"
+
+        def scalar(program: Any, ignore: bool = ignore) -> Any:
+            return None if ignore else program
+
+        rows += [
+            Case(
+                "cross_entropy",
+                lambda r, c=cap, i=ignore: (r(T, V), _targets(r, i), IGNORE, c),
+                f.cross_entropy,
+                scalar(sr.cross_entropy),
+                (0,),
+                label=label,
+                why=why,
+            ),
+            Case(
+                "cross_entropy_backward",
+                lambda r, c=cap, i=ignore: _loss_backward_args(r, c, i),
+                lambda g, z, t, lse, i, c: gradients(lambda y: f.cross_entropy(y, t, i, c)[0], (z,), g)[0],
+                scalar(sr.cross_entropy_backward),
+                label=label,
+                why=why,
+            ),
+            Case(
+                "linear_cross_entropy",
+                lambda r, c=cap, i=ignore: (r(T, D), r(V, D), _targets(r, i), c, IGNORE),
+                f.linear_cross_entropy,
+                scalar(sr.linear_cross_entropy),
+                label=label,
+                why=why,
+            ),
+            Case(
+                "linear_cross_entropy_with_grad",
+                lambda r, c=cap, i=ignore: (r(T, D), r(V, D), _targets(r, i), c, IGNORE),
+                _with_grad,
+                scalar(sr.linear_cross_entropy_with_grad),
+                (0, 1),
+                label=label,
+                why=why,
+            ),
+        ]
+    rows.append(
+        Case(
+            "linear_cross_entropy_backward",
+            lambda r: (r.fp32(), r(T, D), r(V, D)),
+            lambda g, x, w: (g * x, g * w),
+            sr.linear_cross_entropy_backward,
+        )
+    )
+    return rows
+
+
+def _sample_args(r: Draw) -> tuple[Any, ...]:
+    rows = 6
+    return (
+        r.distinct(rows, V),
+        torch.tensor([1.0, 0.0, 0.7, 1.3, 1.0, 2.0]),
+        torch.tensor([0, 0, 3, 0, 5, 1]),
+        torch.tensor([1.0, 1.0, 1.0, 0.6, 0.9, 1.0]),
+        torch.tensor([0.0, 0.0, 0.0, 0.05, 0.2, 0.0]),
+        torch.tensor([0.37, 0.9, 0.81, 0.66, 0.97, 0.5]),
+    )
+
+
+def _scale(grads: list[Tensor], factor: Tensor) -> None:
+    for grad in grads:
+        grad.copy_(grad * factor)
+
+
+def _adamw_args(r: Draw, masters: bool) -> tuple[Any, ...]:
+    sizes = (4, 3)
+    p, g, m = ([r(n) for n in sizes] for _ in range(3))
+    v = [r(n).abs() for n in sizes]
+    return p, g, m, v, [x.float() for x in p] if masters else [], 3, 0.01, 0.9, 0.95, 1e-8, 0.1
+
+
+def _step() -> list[Case]:
+    return [
+        Case("greedy", lambda r: (r.distinct(T, V),), lambda z: z.max(-1).indices, sr.greedy),
+        Case("sample", _sample_args, f.sample, sr.sample),
+        Case("adamw", lambda r: _adamw_args(r, False), f.adamw, sr.adamw, mutates=(0, 2, 3)),
+        Case("adamw", lambda r: _adamw_args(r, True), f.adamw, sr.adamw, mutates=(0, 2, 3, 4), label="masters"),
+        Case("grad_norm", lambda r: ([r(4), r(3)],), lambda g: torch.cat(g).norm(), sr.grad_norm),
+        Case("scale_", lambda r: ([r(4), r(3)], r.fp32()), _scale, sr.scale_, mutates=(0,)),
+    ]
+
+
+ROUTERS = {
+    "mixtral": ("softmax", True, 1.0, 1, 1, "max"),
+    "qwen3": ("softmax", False, 1.0, 1, 1, "max"),
+    "gpt-oss": ("softmax_topk", False, 1.0, 1, 1, "max"),
+    "deepseek-v2": ("softmax", False, 2.5, 4, 2, "max"),
+    "deepseek-v3": ("sigmoid", True, 2.5, 4, 2, "top2"),
+}
+
+
+def _route_backward(g: Tensor, z: Tensor, experts: Tensor, scoring: str, normalize: bool, scale: float) -> Tensor:
+    def weights(logits: Tensor) -> Tensor:
+        scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+        if scoring == "softmax_topk":
+            return logits.gather(1, experts).softmax(-1) * scale
+        picked = scores.gather(1, experts)
+        return (picked / picked.sum(-1, keepdim=True) if normalize else picked) * scale
+
+    return gradients(weights, (z,), g)[0]
+
+
+def _unpermute_args(r: Draw) -> tuple[Any, ...]:
+    _, source, _ = dispatch.permute(r(T, D), _experts(r), X)
+    return r(T * K, D), r.fp32(T, K), source
+
+
+def _experts(r: Draw) -> Tensor:
+    return r.distinct(T, X).topk(K).indices
+
+
+# Rows of eight experts, three without a token: 15 rows reach five.
+COUNTS = (4, 0, 3, 0, 1, 5, 0, 2)
+BATCH = batch.Batch((), expert_tokens=COUNTS)
+
+
+def _experts_rows() -> list[Case]:
+    rows = []
+    for label, (scoring, *options) in ROUTERS.items():
+        biased = label == "deepseek-v3"
+        normalize, scale = options[:2]
+        rows += [
+            Case(
+                "route",
+                lambda r, s=scoring, o=tuple(options), b=biased: (
+                    r.distinct(T, X),
+                    r.fp32(X) / 99 if b else None,
+                    K,
+                    s,
+                    *o,
+                ),
+                f.route,
+                sr.route,
+                (0,),
+                label=label,
+            ),
+            Case(
+                "route_backward",
+                lambda r, o=(scoring, normalize, scale): (r.fp32(T, K), r.distinct(T, X), _experts(r), *o),
+                _route_backward,
+                sr.route_backward,
+                label=label,
+            ),
+        ]
+    counts, total = torch.tensor(COUNTS), sum(COUNTS)
+    rows += [
+        Case("permute", lambda r: (r(T, D), _experts(r), X), f.permute, sr.permute, (0,)),
+        Case(
+            "permute_backward",
+            lambda r: (r(T * K, D), _unpermute_args(r)[2], K),
+            lambda g, source, k: g[torch.argsort(source)].view(-1, k, g.shape[1]).sum(1),
+            sr.permute_backward,
+        ),
+        Case("unpermute", _unpermute_args, f.unpermute, sr.unpermute, (0, 1)),
+        Case(
+            "unpermute_backward",
+            lambda r: (r(T, D), *_unpermute_args(r)),
+            lambda g, y, w, s: gradients(lambda a, b: f.unpermute(a, b, s), (y, w), g),
+            sr.unpermute_backward,
+        ),
+        Case(
+            "grouped_linear",
+            lambda r: (r(total, D), r(X, N, D), r(X, N), counts),
+            f.grouped_linear,
+            sr.grouped_linear,
+            (0, 1, 2),
+            label="bias",
+            batch=BATCH,
+        ),
+        Case(
+            "grouped_linear",
+            lambda r: (r(total, D), r(X, N, D), None, counts),
+            f.grouped_linear,
+            sr.grouped_linear,
+            (0, 1),
+        ),
+        Case(
+            "grouped_input_grad",
+            lambda r: (r(total, N), r(X, N, D), counts),
+            lambda g, w, c: f.grouped_linear(g, w.mT, None, c),
+            sr.grouped_input_grad,
+            batch=BATCH,
+        ),
+        Case(
+            "grouped_weight_grad",
+            lambda r: (r(total, N), r(total, D), counts),
+            _grouped_weight_grad,
+            sr.grouped_weight_grad,
+        ),
+        Case(
+            "grouped_bias_grad",
+            lambda r: (r(total, N), counts),
+            lambda g, c: torch.stack([part.sum(0) for part in g.split(c.tolist())]),
+            sr.grouped_bias_grad,
+        ),
+    ]
+    return rows
+
+
+def _grouped_weight_grad(g: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    parts = zip(g.split(c.tolist()), x.split(c.tolist()), strict=True)
+    return torch.stack([a.T @ b for a, b in parts])
+
+
+def _collectives() -> list[Case]:
+    why = "needs ranks: values in test_collective.py over gloo, costs there against a ring played step by step"
+    group = "0"  # the name of the default group
+    plain = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    rows = [Case(n, lambda r: (r(4, D), group), differentiable=(0,), collective=True, why=why) for n in plain]
+    return [*rows, Case("broadcast", lambda r: (r(4, D), 1, group), collective=True, why=why)]
+
+
+def cases() -> list[Case]:
+    return [*_losses(), *_step(), *_experts_rows(), *_collectives()]
