@@ -1,0 +1,109 @@
+"""The attention block of a decoder: fused QKV, rotary positions, cache, attention, output projection.
+
+Legend: T tokens  D width  H query heads  K key heads  E head dim  B sequences  Q tokens a sequence
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rooflight.models.config import LayerKind, ModelConfig
+from rooflight.models.layers import Linear, RMSNorm
+from rooflight.models.layout import Layout
+from rooflight.ops.attention import attention, gather_kv, naive_attention, paged_attention, write_kv
+from rooflight.ops.rope import rotary
+
+Tables = dict[Any, tuple[Tensor, Tensor]]
+
+
+class Core(nn.Module):
+    """softmax(q·kᵀ)·v over a dense layout or over the cache, with the layer's window, softcap and sinks."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, index: int, scale: float):
+        super().__init__()
+        self.index, self.scale = index, scale
+        self.window, self.softcap = kind.window, config.attention_softcap
+        self.sinks_H = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
+
+    def dense(self, q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, layout: Layout) -> Tensor:
+        """Whole sequences; q, k, v of the same tokens."""
+        if layout.dense is None:
+            raise ValueError("dense attention without a dense layout")
+        sequences, queries = layout.dense
+        q, k, v = (x.view(sequences, queries, *x.shape[1:]) for x in (q_THE, k_TKE, v_TKU))
+        return self._attend(q, k, v, layout).flatten(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        args = (self.scale, True, self.window, self.softcap, self.sinks_H)
+        if layout.attention == "naive":
+            return naive_attention(q, k, v, *args)
+        return attention(q, k, v, *args)[0]
+
+    def write(self, k_TKE: Tensor, v_TKU: Tensor | None, layout: Layout) -> None:
+        """Scatter the new tokens' keys and values into this layer's cache, if there is one."""
+        if layout.paged is not None:
+            cache = layout.paged.cache
+            write_kv(k_TKE, v_TKU, cache.keys[self.index], cache.values[self.index], layout.paged.slots_T)
+
+    def cached(self, q_THE: Tensor, layout: Layout, value_dim: Any) -> Tensor:
+        """Queries against this layer's cache."""
+        paged = layout.paged
+        if paged is None:
+            raise ValueError("attention over the cache without a paged layout")
+        keys, values = paged.cache.keys[self.index], paged.cache.values[self.index]
+        if layout.attention == "naive":
+            k_BSKE, v_BSKU = gather_kv(keys, values, paged.block_table_BM, value_dim, q_THE.dtype)
+            q_BQHE = q_THE.view(paged.block_table_BM.shape[0], -1, *q_THE.shape[1:])
+            return self._attend(q_BQHE, k_BSKE, v_BSKU, layout).flatten(0, 1)
+        return paged_attention(
+            q_THE,
+            keys,
+            values,
+            paged.block_table_BM,
+            paged.context_lengths_B,
+            paged.query_starts_B1,
+            paged.max_query,
+            value_dim,
+            self.scale,
+            self.window,
+            self.softcap,
+            self.sinks_H,
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head, multi-query or grouped-query attention (2305.13245) with one projection for q, k and v."""
+
+    component = "QKV"  # what stands between the parts: splitting and joining their inputs
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, index: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.rope = kind.rope
+        self.qkv = Linear(
+            config.width, (config.heads + 2 * config.kv_heads) * config.head_dim, config.qkv_bias, component="QKV"
+        )
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.core = Core(config, kind, index, config.scale)
+        self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias, component="output projection")
+
+    def forward(self, x_TD: Tensor, tables: Tables, layout: Layout) -> Tensor:
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, k, v = self.qkv(x_TD).split([q_size, kv_size, kv_size], dim=-1)
+        q_THE = q.unflatten(-1, (self.heads, self.head_dim))
+        k_TKE = k.unflatten(-1, (self.kv_heads, self.head_dim))
+        v_TKE = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
+        if self.rope is not None:
+            q_THE, k_TKE = rotary(q_THE, k_TKE, *tables[self.rope], self.rope.interleaved)
+        self.core.write(k_TKE, v_TKE, layout)
+        if layout.dense is not None:
+            out_THE = self.core.dense(q_THE, k_TKE, v_TKE, layout)
+        else:
+            out_THE = self.core.cached(q_THE, layout, self.head_dim)
+        return self.out(out_THE.flatten(1))

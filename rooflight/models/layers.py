@@ -1,0 +1,80 @@
+"""The small modules that every decoder is made of: linear, norms, embedding. Each names its report component.
+
+Legend: T tokens  D width
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rooflight.models.config import ModelConfig
+from rooflight.ops.layer_norm import add_layer_norm, layer_norm
+from rooflight.ops.linear import linear
+from rooflight.ops.norm import add_rms_norm, rms_norm
+
+
+class Linear(nn.Module):
+    """y = x·Wᵀ + b."""
+
+    def __init__(self, inputs: Any, outputs: Any, bias: bool = False, component: str = ""):
+        super().__init__()
+        self.component = component
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return linear(x_TD, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm of x, or of x + residual in one pass, which then also returns the sum."""
+
+    def __init__(self, width: Any, config: ModelConfig, eps: float | None = None):
+        super().__init__()
+        self.eps, self.offset = config.norm_eps if eps is None else eps, config.norm_offset
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return rms_norm(x_TD, self.weight, self.eps, self.offset)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x_TD, residual_TD, self.weight, self.eps, self.offset)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm of x, or of x + residual in one pass, which then also returns the sum."""
+
+    def __init__(self, width: Any, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return layer_norm(x_TD, self.weight, self.bias, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x_TD, residual_TD, self.weight, self.bias, self.eps)
+
+
+class ResidualNorm(nn.Module):
+    """The norm that opens a block: adds the block's input to the residual stream and normalises the sum."""
+
+    component = "norm and residual"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = make_norm(config.width, config)
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        if residual_TD is None:
+            return self.norm(x_TD), x_TD
+        return self.norm.add(x_TD, residual_TD)
+
+
+def make_norm(width: Any, config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The config's kind of norm."""
+    return LayerNorm(width, config) if config.norm == "layer" else RMSNorm(width, config)

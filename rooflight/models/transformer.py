@@ -1,0 +1,196 @@
+"""The decoder: one definition that is trained, served and priced.
+
+Legend: T tokens  D width  V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from rooflight.models.attention import Attention, Tables
+from rooflight.models.config import LayerKind, ModelConfig
+from rooflight.models.feed_forward import MLP, MoEBlock
+from rooflight.models.latent import LatentAttention
+from rooflight.models.layers import ResidualNorm, make_norm
+from rooflight.models.layout import Layout
+from rooflight.models.rope import frequencies
+from rooflight.ops.activation import softcap
+from rooflight.ops.embedding import embedding
+from rooflight.ops.linear import linear
+from rooflight.ops.fused_loss import linear_cross_entropy
+from rooflight.ops.op import Op, find
+from rooflight.ops.rope import rotary_table
+
+Recompute = Literal["none", "selective", "full"]
+
+# Cheap to compute and large to keep: what selective recomputation throws away (Korthikanti et al. 2205.05198, §5,
+# with flash attention's scores already gone). Everything else is kept.
+RECOMPUTED = frozenset(
+    {
+        "rms_norm",
+        "add_rms_norm",
+        "layer_norm",
+        "add_layer_norm",
+        "rotary",
+        "activation",
+        "gated_activation",
+        "attention_scores",
+        "attention_softmax",
+        "attention_context",
+    }
+)
+
+
+def _selective(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    op: Op | None = find(operator)
+    keep = op is not None and op.name not in RECOMPUTED
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_selective)
+
+
+class Embedding(nn.Module):
+    """Token embedding, with learned positions where the model has them (GPT-2)."""
+
+    component = "embedding"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.scale = config.embedding_scale
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        learned = config.learned_positions
+        self.positions = nn.Parameter(torch.empty(learned, config.width)) if learned else None
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        x_TD = embedding(tokens_T, self.weight, self.scale)
+        return x_TD if self.positions is None else x_TD + embedding(positions_T, self.positions, 1.0)
+
+
+class Head(nn.Module):
+    """Logits of the last hidden state, or the loss against targets without the logits ever being whole."""
+
+    component = "head"
+
+    def __init__(self, config: ModelConfig, tied: nn.Parameter | None):
+        super().__init__()
+        self.softcap = config.logits_softcap
+        self.weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.width))
+
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Tensor:
+        if targets_T is not None:
+            return linear_cross_entropy(x_TD, self.weight, targets_T, self.softcap)
+        logits_TV = linear(x_TD, self.weight, None)
+        return softcap(logits_TV, self.softcap) if self.softcap else logits_TV
+
+
+class Layer(nn.Module):
+    """norm → attention → add and norm → feed-forward, the residual sum carried beside (pre-norm, 2002.04745)."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, index: int):
+        super().__init__()
+        self.attention_norm = ResidualNorm(config)
+        block = LatentAttention if config.latent is not None else Attention
+        self.attention = block(config, kind, index)
+        self.attention_post_norm = make_norm(config.width, config) if config.post_norms else None
+        self.ffn_norm = ResidualNorm(config)
+        self.ffn = MoEBlock(config) if kind.sparse else MLP(config, config.ffn_width)
+        self.ffn_post_norm = make_norm(config.width, config) if config.post_norms else None
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        h_TD, residual_TD = self.attention_norm(x_TD, residual_TD)
+        h_TD = self.attention(h_TD, tables, layout)
+        if self.attention_post_norm is not None:
+            h_TD = self.attention_post_norm(h_TD)
+        h_TD, residual_TD = self.ffn_norm(h_TD, residual_TD)
+        h_TD = self.ffn(h_TD)
+        if self.ffn_post_norm is not None:
+            h_TD = self.ffn_post_norm(h_TD)
+        return h_TD, residual_TD
+
+
+class Transformer(nn.Module):
+    """A decoder for flat tokens: `hidden` runs the layers, `head` makes logits or the loss."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(Layer(config, kind, index) for index, kind in enumerate(config.layers))
+        self.norm = ResidualNorm(config)
+        self.head = Head(config, self.embedding.weight if config.tied else None)
+        self.ropes = list(dict.fromkeys(kind.rope for kind in config.layers if kind.rope is not None))
+        self.rope_scales = [frequencies(rope, config.max_context)[1] for rope in self.ropes]
+        self.reset_frequencies()
+
+    def reset_frequencies(self) -> None:
+        """Compute the rotary frequencies anew, in fp32, on the device of the embedding."""
+        with torch.device(self.embedding.weight.device):
+            for index, rope in enumerate(self.ropes):
+                table_C, _ = frequencies(rope, self.config.max_context)
+                self.register_buffer(f"frequencies_{index}", table_C, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        # Behind `to`, `cuda` and `to_empty`: frequencies must neither be rounded to bf16 nor left uninitialised.
+        super()._apply(fn, recurse)
+        self.reset_frequencies()
+        return self
+
+    def _tables(self, positions_T: Tensor) -> Tables:
+        """cos and sin of this step's positions, once for all layers that share a rope."""
+        return {
+            rope: rotary_table(positions_T, getattr(self, f"frequencies_{index}"), self.rope_scales[index])
+            for index, rope in enumerate(self.ropes)
+        }
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout, recompute: Recompute = "none") -> Tensor:
+        """Last hidden state of every token, normalised: [T, D]."""
+        x_TD, residual_TD = self.embedding(tokens_T, positions_T), None
+        tables = self._tables(positions_T)
+        for layer in self.layers:
+            if recompute == "none":
+                x_TD, residual_TD = layer(x_TD, residual_TD, tables, layout)
+                continue
+            options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
+            x_TD, residual_TD = checkpoint(
+                layer, x_TD, residual_TD, tables, layout, use_reentrant=False, preserve_rng_state=False, **options
+            )
+        return self.norm(x_TD, residual_TD)[0]
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        targets_T: Tensor | None = None,
+        select_B: Tensor | None = None,
+        recompute: Recompute = "none",
+    ) -> Tensor:
+        """The loss if there are targets, else logits: of every token, or of those that `select_B` names."""
+        hidden_TD = self.hidden(tokens_T, positions_T, layout, recompute)
+        return self.head(hidden_TD if select_B is None else hidden_TD[select_B], targets_T)
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 0, std: float = 0.02) -> Transformer:
+        """Random weights, N(0, std²) for matrices, identity for norms, zero for biases."""
+        device = self.embedding.weight.device
+        generator = torch.Generator(device=device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                is_offset = self.config.norm_offset != 0.0 or name.endswith("bias")
+                parameter.fill_(0.0 if is_offset else 1.0)
+            elif parameter.dim() == 1 or name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        for name, buffer in self.named_buffers():
+            if name.endswith("choice_bias_X"):
+                buffer.zero_()
+        return self
