@@ -1,0 +1,206 @@
+"""Measure every operation on this machine by running small decoders wet: the samples from which `expected` comes.
+
+On a CPU an operation is timed where it runs, between its neighbours, with its data as warm as the step leaves it. On a
+GPU, where a call only launches, each distinct call is kept and timed by itself as a node of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rooflight.hardware.ceilings import copies_beyond
+from rooflight.hardware.figures import Sample
+from rooflight.hardware.timing import Timer
+from rooflight.models.config import ModelConfig, MoE, Rope, same_layers
+from rooflight.ops.cost import Cost
+from rooflight.workload import program as programs
+from rooflight.workload import walk as walks
+from rooflight.workload.program import Setting
+from rooflight.workload.record import Record, wall_clock
+
+# Operations whose weights or cache a real step reads from memory, not from the cache that a repeat would leave them in.
+_COLD = frozenset({"linear", "head_linear", "grouped_linear", "linear_input_grad", "paged_attention", "gather_kv"})
+_CPU_RUNS = 5
+_SOURCE_RUN_SECONDS = 6.0  # a single wet run longer than this would eat the budget
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A decoder and what to run on it."""
+
+    config: ModelConfig
+    setting: Setting
+
+
+def _decoder(width: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, **changes: Any) -> ModelConfig:
+    rope = Rope(10000.0, width // heads)
+    config = ModelConfig(
+        family="llama",
+        name=f"calibration-{width}",
+        vocab_size=vocabulary,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        ffn_width=ffn,
+        layers=same_layers(2, 0, rope),
+        max_context=131072,
+    )
+    return replace(config, **changes)
+
+
+def _trials(device: torch.device) -> Iterator[Trial]:
+    """Widths, token counts, contexts and phases that span what models do, the commonest first."""
+    gpu = device.type == "cuda"
+    if gpu:
+        widths = [(4096, 32, 8, 14336, 128256), (2048, 32, 8, 8192, 128256), (1024, 16, 8, 3072, 151936)]
+        prompts = [(1, 1024), (1, 4096), (1, 128), (8, 2048), (1, 16384)]
+        steps = [(1, 2048), (64, 2048), (8, 512), (1, 16384), (256, 1024), (16, 8192), (32, 256), (128, 256)]
+        batches, dtypes = [(1, 4096), (8, 1024), (2, 512)], ["bf16"]
+    else:
+        widths = [(768, 12, 4, 2048, 32000), (256, 4, 4, 1024, 4096), (2048, 16, 8, 5632, 16384)]
+        prompts = [(1, 128), (1, 512), (4, 32), (1, 1024)]
+        steps = [(1, 128), (8, 256), (1, 2048), (16, 128), (4, 1024)]
+        batches, dtypes = [(2, 128), (4, 256), (1, 32)], ["bf16", "fp32"]
+    for dtype in dtypes:
+        for width in widths:
+            config = _decoder(*width)
+            for batch, context in prompts:
+                yield Trial(config, Setting("prefill", batch, context, dtype))
+            for batch, context in steps:
+                yield Trial(config, Setting("decode", batch, context, dtype))
+            for batch, context in batches:
+                # Masters are the widest optimizer; plain states are a second point on the same curve.
+                yield Trial(config, Setting("train", batch, context, dtype, optimizer="adamw-master"))
+                yield Trial(config, Setting("train", batch, max(context // 4, 16), dtype))
+    for dtype in dtypes:
+        yield from _variants(_decoder(*widths[0]), dtype, gpu)
+
+
+def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
+    """What other families add: LayerNorm and GELU, per-head norms, experts, naive attention, windows and softcaps."""
+    context = 1024 if gpu else 256
+    plain = replace(
+        base, norm="layer", activation="gelu_tanh", gated=False, qkv_bias=True, mlp_bias=True, out_bias=True
+    )
+    experts = replace(
+        base,
+        layers=same_layers(2, 0, base.layers[0].rope, sparse=True),
+        moe=MoE(experts=8, top_k=2, width=base.ffn_width // 4),
+        qk_norm=True,
+    )
+    capped = replace(base, layers=same_layers(2, context // 2, base.layers[0].rope), attention_softcap=50.0)
+    for config in (plain, experts, capped):
+        yield Trial(config, Setting("prefill", 1, context, dtype))
+        yield Trial(config, Setting("decode", 4, context, dtype))
+        yield Trial(config, Setting("train", 1, context, dtype))
+    for phase, batch in (("prefill", 1), ("decode", 4), ("train", 1)):
+        yield Trial(base, Setting(phase, batch, context, dtype, attention="naive"))
+
+
+def operation_samples(timer: Timer) -> list[Sample]:
+    """Samples of every operation that decoders run, in all phases, within what is left of the timer's budget."""
+    found: dict[tuple[Any, ...], Sample] = {}
+    began = timer.remaining
+    done = 0
+    for trial in _trials(timer.device):
+        # The largest trials come last of each kind; the rest of the list is dropped when time is short, and said.
+        if timer.remaining < 0.04 * began:
+            timer.say(f"operations: out of time after {done} trials; the rest will be interpolated")
+            break
+        collect = _on_gpu if timer.device.type == "cuda" else _on_cpu
+        for key, sample in collect(trial, timer, found):
+            found[key] = sample
+        done += 1
+    timer.say(f"operations: {len(found)} samples from {done} trials")
+    return list(found.values())
+
+
+def _build(trial: Trial, device: torch.device) -> programs.Program:
+    model = programs.build_model(trial.config, trial.setting.dtype, device).initialize()
+    return programs.decoder(trial.config, trial.setting, device, fold=False, model=model)
+
+
+def _key(name: str, cost: Cost) -> tuple[Any, ...]:
+    return (
+        cost.curve or name,
+        cost.precision or "any",
+        tuple(int(n) for n in cost.size),
+        round(float(cost.total_bytes)),
+    )
+
+
+def _sample(name: str, cost: Cost, seconds: float, host_seconds: float | None) -> Sample:
+    return Sample(
+        curve=cost.curve or name,
+        precision=cost.precision or "any",
+        size=tuple(int(n) for n in cost.size),
+        flops={precision: float(count) for precision, count in cost.flops.items() if count},
+        bytes=float(cost.total_bytes),
+        seconds=seconds,
+        host_seconds=host_seconds,
+    )
+
+
+def _worth(cost: Cost) -> bool:
+    """Whether a call can be a sample: it has a size, and does something."""
+    return bool(cost.size) and bool(cost.total_bytes) and all(int(n) > 0 for n in cost.size)
+
+
+def _on_cpu(trial: Trial, timer: Timer, found: dict[Any, Sample]) -> Iterator[tuple[Any, Sample]]:
+    program = _build(trial, timer.device)
+    program.step(None)
+    start = wall_clock()
+    runs = [walks.record(program, clock=wall_clock).trace.records]
+    spent = wall_clock() - start
+    while len(runs) < _CPU_RUNS and spent < _SOURCE_RUN_SECONDS and timer.remaining > 2 * spent / len(runs):
+        start = wall_clock()
+        runs.append(walks.record(program, clock=wall_clock).trace.records)
+        spent += wall_clock() - start
+    times: dict[Any, tuple[Record, list[float]]] = {}
+    for position, record in enumerate(runs[0]):
+        if _worth(record.cost):
+            # The same call stands in each layer: all of them are calls of one sample.
+            _, seen = times.setdefault(_key(record.name, record.cost), (record, []))
+            seen.extend(run[position].seconds or 0.0 for run in runs)
+    for key, (record, seconds) in times.items():
+        if key not in found:
+            yield key, _sample(record.name, record.cost, statistics.median(seconds), None)
+
+
+def _on_gpu(trial: Trial, timer: Timer, found: dict[Any, Sample]) -> Iterator[tuple[Any, Sample]]:
+    program = _build(trial, timer.device)
+    calls: dict[Any, tuple[Record, Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        key = _key(record.name, record.cost)
+        if _worth(record.cost) and key not in found and key not in calls:
+            calls[key] = (record, func, args, kwargs)
+
+    program.step(None)
+    walks.record(program, keep=keep)
+    cache = float(torch.cuda.get_device_properties(timer.device).L2_cache_size)
+    with torch.no_grad():
+        for key, (record, func, args, kwargs) in calls.items():
+            if timer.remaining <= 0:
+                return
+            cold = record.name in _COLD
+            copies = copies_beyond(cache, float(record.cost.bytes_read)) if cold else 1
+            turns = [_call(func, args, kwargs)] + [_call(func, _copied(args), kwargs) for _ in range(copies - 1)]
+            timing = timer(turns, budget_seconds=0.05)
+            yield key, _sample(record.name, record.cost, timing.seconds, timing.host_seconds)
+
+
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tree_map_only(Tensor, lambda tensor: tensor.clone(), args)
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return lambda: func(*args, **kwargs)

@@ -1,0 +1,210 @@
+"""`explain`: walk a model dry, time it on a machine, group it into rows, and say what would win the headroom back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rooflight.errors import InvalidValue, RooflightError
+from rooflight.hardware.machine import Machine
+from rooflight.models.config import ModelConfig
+from rooflight.models.count import parameter_counts
+from rooflight.workload import advice as advices
+from rooflight.workload import formulas, program, rows, walk
+from rooflight.workload.explanation import Explanation, MachineFacts, Row, Totals
+from rooflight.workload.memory import over_time
+from rooflight.workload.program import Program, Setting
+from rooflight.workload.roofline import PROVENANCES, Timed, time_walk
+
+# Rooms for a measured run: seconds of every step of the whole run in order, of the run as a whole, and peak bytes.
+Measure = Callable[[Setting], "Measured"]
+_NOT_SHOWN = ("phase", "batch", "context", "dtype", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a wet run showed: its operations in order with their seconds, the whole run's seconds, peak bytes."""
+
+    names: list[str]
+    seconds: list[float]
+    total_seconds: float
+    peak_bytes: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _uses_graph(machine: Machine, setting: Setting) -> bool:
+    """Decode steps are replayed as CUDA graphs, as every engine does; the rest is launched eagerly."""
+    return machine.kind != "cpu" and setting.phase == "decode"
+
+
+def _facts(machine: Machine) -> MachineFacts:
+    matmul = {
+        name.split(".", 1)[1]: figure.value for name, figure in machine.measured.items() if name.startswith("matmul.")
+    }
+    copy = machine.measured.get("copy")
+    return MachineFacts(
+        name=machine.name,
+        title=machine.title,
+        peaks={name: figure.value for name, figure in machine.peaks.items()},
+        memory_bandwidth=machine.memory_bandwidth.value,
+        memory_bytes=machine.memory_bytes.value,
+        measured_peaks=matmul,
+        measured_bandwidth=copy.value if copy else None,
+    )
+
+
+def check_setting(config: ModelConfig, setting: Setting) -> None:
+    """Raise InvalidValue where the model cannot run the setting."""
+    if setting.context > config.max_context:
+        raise InvalidValue(
+            f"--context {setting.context} is beyond the model's {config.max_context} positions; "
+            f"use 1 to {config.max_context}"
+        )
+
+
+def explain_decoder(
+    name: str,
+    config: ModelConfig,
+    machine: Machine,
+    setting: Setting,
+    *,
+    by: str = "component",
+    measure: Measure | None = None,
+) -> Explanation:
+    """The explanation of one decoder, phase and machine; with `measure` also run wet, operation by operation."""
+    check_setting(config, setting)
+
+    def predict(changed: ModelConfig, at: Setting) -> walk.Walk:
+        return walk.dry(lambda: program.decoder(changed, replace(at, text=None), "cpu", fold=True))
+
+    timed = time_walk(predict(config, setting), machine, graph=_uses_graph(machine, setting))
+    result = _assemble(name, machine, setting, timed, by, measure)
+    result.params = parameter_counts(config)
+    result.advice = advices.advise(advices.Case(config, setting, machine, timed.graph, timed, result.memory, predict))
+    _write_formulas(result, config, setting)
+    return result
+
+
+def explain_module(
+    name: str,
+    factory: Callable[[], Program],
+    machine: Machine,
+    setting: Setting,
+    *,
+    by: str = "component",
+    measure: Measure | None = None,
+) -> Explanation:
+    """The explanation of any torch module on its example arguments; `factory` makes its program on fake tensors."""
+    timed = time_walk(walk.dry(factory), machine, graph=False)
+    result = _assemble(name, machine, setting, timed, by, measure)
+    result.advice = [
+        advice for advice in advices.fusion(timed, machine) if advice.saves_seconds > 0.005 * timed.expected_seconds
+    ]
+    return result
+
+
+def _assemble(
+    name: str, machine: Machine, setting: Setting, timed: Timed, by: str, measure: Measure | None
+) -> Explanation:
+    wet = measure(setting) if measure is not None else None
+    seconds, notes = _match(timed, wet) if wet is not None else (None, [])
+    all_pieces = rows.pieces(timed, machine, seconds)
+    grouped = rows.pieces(timed, machine, seconds, by_layer=True) if by == "layer" else all_pieces
+    points = rows.site_rows(all_pieces)
+    flops = sum(row.flops for row in points)
+    read, written = sum(row.bytes_read for row in points), sum(row.bytes_written for row in points)
+    memory = over_time(timed.walk, machine.memory_bytes.value)
+    memory.measured_peak = wet.peak_bytes if wet is not None else None
+    primitives, access, movement = rows.divisions(all_pieces)
+    settings = {key: value for key, value in asdict(setting).items() if key not in _NOT_SHOWN and value is not None}
+    return Explanation(
+        model=name,
+        machine=_facts(machine),
+        phase=setting.phase,
+        batch=setting.batch,
+        context=setting.context,
+        dtype=setting.dtype,
+        settings={**settings, "launch": "CUDA graph" if timed.graph else "eager"},
+        params={},
+        totals=Totals(
+            flops=flops,
+            bytes_read=read,
+            bytes_written=written,
+            intensity=flops / (read + written) if read + written else 0.0,
+            roof_seconds=timed.roof_seconds,
+            expected_seconds=timed.expected_seconds,
+            measured_seconds=wet.total_seconds if wet is not None else None,
+        ),
+        rows=rows.rows_by(by, grouped),
+        by=by,
+        components=rows.component_rows(all_pieces),
+        points=points,
+        primitives=primitives,
+        access=access,
+        movement=movement,
+        memory=memory,
+        advice=[],
+        provenance=_provenance(machine, timed, points),
+        notes=notes,
+    )
+
+
+def _match(timed: Timed, wet: Measured) -> tuple[list[float] | None, list[str]]:
+    """Seconds for each predicted step; a wet run that did other work than the dry one is said, never hidden."""
+    predicted = [timed.walk.trace.records[step.record].name for step in timed.walk.steps]
+    if predicted != wet.names:
+        first = next(
+            (i for i, pair in enumerate(zip(predicted, wet.names, strict=False)) if pair[0] != pair[1]),
+            min(len(predicted), len(wet.names)),
+        )
+        raise RooflightError(
+            f"the wet run did {len(wet.names)} operations and the dry one {len(predicted)}; they part at number {first}: "
+            f"{wet.names[first : first + 1]} against {predicted[first : first + 1]}; please report this"
+        )
+    total = sum(wet.seconds)
+    error = timed.expected_seconds / wet.total_seconds - 1 if wet.total_seconds else 0.0
+    notes = [
+        f"predicted {timed.expected_seconds * 1e3:.4g} ms, measured {wet.total_seconds * 1e3:.4g} ms: "
+        f"the prediction is off by {error:+.1%}",
+        f"operations measured one by one add up to {total * 1e3:.4g} ms; the rest is Python and dispatch between them"
+        if total < wet.total_seconds
+        else f"operations measured one by one add up to {total * 1e3:.4g} ms, more than the run: each call was timed apart",
+        *wet.notes,
+    ]
+    return wet.seconds, notes
+
+
+def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, str]:
+    shares = dict.fromkeys(PROVENANCES, 0.0)
+    for row in points:
+        shares[row.provenance] += row.expected_seconds
+    total = sum(shares.values()) or 1.0
+    division = ", ".join(f"{share / total:.0%} {name}" for name, share in shares.items() if share)
+    return {
+        "roof": f"datasheet peaks and bandwidth of {machine.title}",
+        "expected": f"{division} (by expected time); samples: {machine.samples_source or 'none of this machine'}",
+        "flops and bytes": "counted from the operations that the model itself ran on fake tensors",
+        "launch": "nodes of a CUDA graph" if timed.graph else "eager launches",
+    }
+
+
+def _write_formulas(result: Explanation, config: ModelConfig, setting: Setting) -> None:
+    written = formulas.component_formulas(config, replace(setting, text=None))
+    for row in (*result.rows, *result.components):
+        row.formula = written.get(row.component, "")
+    used = "".join(written.values())
+    result.legend = {name: what for name, what in formulas.LEGEND.items() if name[0] in used}
+
+
+def fake_module_program(make: Callable[[], tuple[Any, tuple[Any, ...]]], setting: Setting) -> Callable[[], Program]:
+    """A factory's module as a program on fake tensors: made there, so that it never takes memory."""
+
+    def build() -> Program:
+        module, args = make()
+        return program.any_module(module, args, setting)
+
+    return build
+
+
+__all__ = ["Measured", "check_setting", "explain_decoder", "explain_module", "fake_module_program"]

@@ -1,0 +1,297 @@
+"""The programs that are run wet and dry: prefill, decode and a training step of a decoder, or any torch module.
+
+Legend: B sequences  T tokens  M blocks a sequence  N blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rooflight.errors import InvalidValue
+from rooflight.models.config import ModelConfig
+from rooflight.models.layout import KVCache, Layout, Paged
+from rooflight.models.transformer import Transformer
+from rooflight.ops import batch as batches
+from rooflight.ops.optimizer import AdamW
+from rooflight.ops.sampling import greedy
+from rooflight.workload.record import OPTIMIZER, Recorder, tensors_in
+
+PHASES = ("prefill", "decode", "train")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KV_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
+OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-master", "sgd", "none")
+RECOMPUTES = ("none", "selective", "full")
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is run: the phase and its sizes (symbolic ones allowed) and the choices that change the program.
+
+    text: what a wet run reads, a byte a token; random tokens when None.
+    """
+
+    phase: str = "prefill"
+    batch: Any = 1
+    context: Any = 2048
+    dtype: str = "bf16"
+    kv_dtype: str | None = None
+    text: bytes | None = None
+    attention: str = "flash"
+    recompute: str = "none"
+    optimizer: str = "adamw"
+
+
+@dataclass(slots=True)
+class Program:
+    """A module, what it stands on, and `step`, which runs it once (under `recorder` when one is given).
+
+    standing: what is there before the step, by kind, each piece with how often it stands in the whole model.
+    order: for each layer of the whole, the layer of `module` that stands for it.
+    """
+
+    module: nn.Module
+    step: Callable[[Recorder | None], Any]
+    standing: dict[str, list[tuple[Any, int]]] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: Any) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(config: ModelConfig, dtype: str, device: Any) -> Transformer:
+    """The decoder with uninitialised weights on a device."""
+    with _defaults(DTYPES[dtype], device):
+        return Transformer(config)
+
+
+def _tokens(config: ModelConfig, count: Any, device: Any, text: bytes | None = None) -> Tensor:
+    """Token ids: a text's bytes, repeated as often as needed, or random ones; on fake tensors only the shape counts."""
+    if text:
+        ids = torch.frombuffer(bytearray(text[:count]), dtype=torch.uint8).long()
+        return ids.repeat(-(-count // len(ids)))[:count].to(device)
+    if isinstance(count, torch.SymInt) or isinstance(config.vocab_size, torch.SymInt):
+        return torch.empty((count,), dtype=torch.int64, device=device)
+    return torch.randint(0, config.vocab_size, (count,), device=device)
+
+
+def _paged(config: ModelConfig, setting: Setting, query: Any, device: Any) -> Paged:
+    """A cache with room for every sequence's context, its blocks dealt out in order."""
+    sequences, context = setting.batch, setting.context
+    blocks = (context + BLOCK_SIZE - 1) // BLOCK_SIZE
+    dtype = KV_DTYPES[setting.kv_dtype or setting.dtype]
+    cache = KVCache.allocate(config, sequences * blocks, BLOCK_SIZE, dtype, device)
+    int32 = {"dtype": torch.int32, "device": device}
+    first_B = torch.arange(sequences, dtype=torch.int64, device=device) * (blocks * BLOCK_SIZE)
+    new_Q = torch.arange(context - query, context, dtype=torch.int64, device=device)
+    return Paged(
+        cache=cache,
+        block_table_BM=torch.arange(sequences * blocks, **int32).view(sequences, blocks),
+        context_lengths_B=torch.full((sequences,), context, **int32),
+        query_starts_B1=torch.arange(sequences + 1, **int32) * query,
+        slots_T=(first_B.unsqueeze(-1) + new_Q).flatten(),
+        max_query=query,
+    )
+
+
+def _fill_cache(paged: Paged) -> None:
+    """Random contents, for timing on zeros or on stale memory would lie."""
+    for tensor in (*paged.cache.keys, *paged.cache.values):
+        if tensor is not None:
+            tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device).to(tensor.dtype))
+
+
+def _weights(model: Transformer, counts: tuple[int, ...]) -> list[tuple[Any, int]]:
+    """Parameters in and outside the layers, a folded layer's as often as it stands in the whole."""
+    layers = [(list(layer.parameters()), count) for layer, count in zip(model.layers, counts, strict=True)]
+    inside = {id(p) for parameters, _ in layers for p in parameters}
+    return [([p for p in model.parameters() if id(p) not in inside], 1), *layers]
+
+
+def inference(
+    config: ModelConfig, setting: Setting, device: Any, counts: tuple[int, ...], model: Transformer | None = None
+) -> Program:
+    """Prefill of `batch` prompts of `context` tokens, or one decode step at `context` tokens, and greedy sampling."""
+    decode = setting.phase == "decode"
+    query = 1 if decode else setting.context
+    if model is None:
+        model = build_model(config, setting.dtype, device)
+    model.requires_grad_(False)
+    paged = _paged(config, setting, query, device)
+    if torch.device(device).type != "meta" and not isinstance(setting.batch, torch.SymInt):
+        _fill_cache(paged)
+    layout = Layout(None if decode else (setting.batch, query), paged, setting.attention)
+    tokens_T = _tokens(config, setting.batch * query, device, setting.text)
+    positions_T = torch.arange(setting.context - query, setting.context, device=device).repeat(setting.batch)
+    last_B = (paged.query_starts_B1[1:] - 1).long()
+    facts = batches.Batch.uniform(setting.batch, query, setting.context)
+
+    def step(recorder: Recorder | None = None) -> Tensor:
+        with batches.use(facts), torch.no_grad():
+            select = None if decode else last_B
+            return greedy(model(tokens_T, positions_T, layout, None, select))
+
+    cache = [(pair, n) for pair, n in zip(zip(paged.cache.keys, paged.cache.values, strict=True), counts, strict=True)]
+    inputs = [tokens_T, positions_T, last_B, paged.block_table_BM, paged.context_lengths_B, paged.slots_T]
+    inputs += [paged.query_starts_B1, *model.buffers()]
+    return Program(model, step, {"weights": _weights(model, counts), "kv cache": cache, "inputs": [(inputs, 1)]})
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter]) -> Any:
+    """AdamW with fp32 states, with states in the weights' dtype, with fp32 master weights too; SGD; or none."""
+    if name == "none":
+        return None
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=1e-4, foreach=True)
+    if name in OPTIMIZERS:
+        state = "bf16" if name == "adamw-bf16" else "fp32"
+        return AdamW(parameters, lr=1e-4, state_dtype=state, masters=name == "adamw-master")
+    raise InvalidValue(f"optimizer {name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+
+
+def _states(optimizer: Any) -> list[Any]:
+    """The optimizer's state tensors, made now: a run is a step like any other, not the first."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, AdamW):
+        optimizer.allocate()
+    return [list(state.values()) for state in optimizer.state.values()]
+
+
+def training(
+    config: ModelConfig,
+    setting: Setting,
+    device: Any,
+    counts: tuple[int, ...],
+    model: Transformer | None = None,
+) -> Program:
+    """One step: forward with the fused loss, backward, optimizer.
+
+    counts: how often each folded layer stands in the whole; the optimizer is then handed a stand-in for every
+    parameter of the layers left out, so that it walks the list that the whole model has.
+    """
+    if model is None:
+        model = build_model(config, setting.dtype, device)
+    tokens = setting.batch * setting.context
+    tokens_T = _tokens(config, tokens, device, setting.text)
+    targets_T = tokens_T.roll(-1) if setting.text else _tokens(config, tokens, device)
+    positions_T = torch.arange(setting.context, device=device).repeat(setting.batch)
+    layout = Layout((setting.batch, setting.context), None, setting.attention)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    repeats: list[tuple[nn.Parameter, int]] = []
+    for layer, count in zip(model.layers, counts, strict=True):
+        repeats += [(p, count - 1) for p in layer.parameters() if p.requires_grad]
+    stand_ins = [nn.Parameter(torch.empty_like(p)) for p, extra in repeats for _ in range(extra)]
+    # Their gradients are counted where the layers' records repeat; here they only fill the optimizer's list.
+    for p in stand_ins:
+        p.grad = torch.empty_like(p)
+    optimizer = make_optimizer(setting.optimizer, trained + stand_ins)
+    states = _states(optimizer)
+
+    def step(recorder: Recorder | None = None) -> Tensor:
+        with batches.use(facts):
+            loss = model(tokens_T, positions_T, layout, targets_T, None, setting.recompute)
+            loss.backward()
+        if recorder is not None:
+            recorder.label([p.grad for p in trained], "gradients")
+        if optimizer is not None:
+            with optimizer_phase(recorder):
+                optimizer.step()
+        # A run repeats the step from where it began: gradients are made afresh, as after zero_grad.
+        for p in trained:
+            p.grad = None
+        return loss.detach()
+
+    facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
+    inputs = [tokens_T, targets_T, positions_T, list(model.buffers())]
+    standing = {"weights": _weights(model, counts), "optimizer": [(states, 1)], "inputs": [(inputs, 1)]}
+    return Program(model, step, standing)
+
+
+@contextmanager
+def optimizer_phase(recorder: Recorder | None) -> Iterator[None]:
+    """Mark what happens inside as the optimizer's."""
+    if recorder is None:
+        yield
+        return
+    with recorder.phase(OPTIMIZER):
+        yield
+
+
+def decoder(
+    config: ModelConfig, setting: Setting, device: Any, *, fold: bool, model: Transformer | None = None
+) -> Program:
+    """The program of a setting; with `fold` each distinct layer stands once and `counts` says how often it repeats."""
+    counts: tuple[int, ...] = tuple(1 for _ in config.layers)
+    order = tuple(range(len(config.layers)))
+    if fold:
+        order = config.layer_order()
+        config, counts = config.folded()
+    if setting.phase == "train":
+        program = training(config, setting, device, counts, model)
+    else:
+        program = inference(config, setting, device, counts, model)
+    program.order = order
+    return program
+
+
+def any_module(module: nn.Module, args: tuple[Any, ...], setting: Setting) -> Program:
+    """Forward of any module on its example arguments; with phase train also backward of the outputs' sum, optimizer."""
+    if setting.phase == "decode":
+        raise InvalidValue(
+            "phase decode needs a decoder with a KV cache; for a module of your own use prefill or train"
+        )
+    train = setting.phase == "train"
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = make_optimizer(setting.optimizer, trained) if train and trained else None
+    states = _states(optimizer)
+
+    def step(recorder: Recorder | None = None) -> Any:
+        if not train:
+            with torch.no_grad():
+                return module(*args)
+        out = module(*args)
+        floats = [t for t in tensors_in(_plain(out)) if t.is_floating_point() and t.requires_grad]
+        if not floats:
+            raise InvalidValue("phase train: the module's outputs carry no gradient; use --phase prefill")
+        torch.autograd.backward(floats, [torch.ones_like(t) for t in floats])
+        if recorder is not None:
+            recorder.label([p.grad for p in trained], "gradients")
+        if optimizer is not None:
+            with optimizer_phase(recorder):
+                optimizer.step()
+        for p in trained:
+            p.grad = None
+        return out
+
+    standing = {
+        "weights": [(list(module.parameters()), 1)],
+        "optimizer": [(states, 1)],
+        "inputs": [([args, list(module.buffers())], 1)],
+    }
+    return Program(module, step, standing)
+
+
+def _plain(output: Any) -> Any:
+    """Outputs that are dataclasses or mappings of a library's own kind as a plain list of their values."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "values") and callable(output.values):
+        return list(output.values())
+    if hasattr(output, "__dataclass_fields__"):
+        return [getattr(output, name) for name in output.__dataclass_fields__]
+    return output
