@@ -1,0 +1,5 @@
+"""The command line: `rooflight COMMAND`."""
+
+from rooflight.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,182 @@
+"""The HTML report: parsed, with every figure in it, nothing to fetch and nothing to inject."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from rooflight.report import to_html
+from rooflight.report.roofline import gather, placeless, roofline
+from rooflight.report.units import format_bytes, format_seconds
+from rooflight.workload.explanation import Explanation
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+EVIL = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, text by element, and whether tags match."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+    @property
+    def visible(self) -> str:
+        return " ".join(" ".join(texts) for tag, texts in self.texts.items() if tag not in ("script", "style"))
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        return json.loads(next(text for text in self.texts["script"] if text.startswith("{")))
+
+
+def test_the_page_holds_every_row_and_figure(explanation: Explanation) -> None:
+    page = Page(to_html(explanation))
+    assert page.open == []
+    for row in explanation.rows:
+        figures = (row.component, row.formula, format_seconds(row.expected_seconds), format_seconds(row.roof_seconds))
+        for figure in figures:
+            assert figure in page.visible
+    for size in (explanation.memory.total, explanation.memory.capacity, *(b for _, b in explanation.memory.at_peak)):
+        assert format_bytes(size) in page.visible
+    for part in (*explanation.primitives, *explanation.access, *explanation.movement):
+        assert part.name in page.visible
+    for advice in explanation.advice:
+        assert advice.change in page.visible
+        assert advice.why in page.visible
+    for text in (*explanation.notes, *explanation.provenance.values()):
+        assert text in page.visible
+
+
+def test_nothing_is_fetched(explanation: Explanation) -> None:
+    page = Page(to_html(explanation))
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:")), (tag, target)
+    style = "".join(page.texts["style"])
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(
+        attributes["content"] for tag, attributes in page.elements if "content-security" in str(attributes).lower()
+    )
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+@pytest.mark.parametrize("where", ["model", "machine", "path", "advice", "note", "legend", "moment", "setting"])
+def test_an_evil_name_stays_text(train: Explanation, where: str) -> None:
+    plain = Page(to_html(train))
+    match where:
+        case "model":
+            train.model = EVIL
+        case "machine":
+            train.machine.title = EVIL
+        case "path":
+            for row in (*train.rows, *train.points):
+                row.path = row.op = row.component = row.formula = EVIL
+        case "advice":
+            train.advice[0].change = train.advice[0].why = EVIL
+        case "note":
+            train.notes = [*train.notes[:-1], EVIL]
+        case "legend":
+            train.legend["B"] = EVIL
+        case "moment":
+            train.memory.timeline[0].label = EVIL
+            train.memory.timeline[0].bytes[EVIL] = 1.0
+        case "setting":
+            train.settings["attention"] = EVIL
+    page = Page(to_html(train))
+    assert page.open == []
+    kinds = [{"script", "img"} & {tag} for tag, _ in page.elements]
+    assert sum(map(len, kinds)) == sum(tag in ("script", "img") for tag, _ in plain.elements)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    # Plotly reads its strings as a small HTML of their own, so they must come escaped a second time.
+    assert "<script" not in json.dumps(page.charts)
+    assert "<img" not in json.dumps(page.charts)
+    if where != "moment":
+        assert "alert(1)" in page.visible
+
+
+def test_the_roofline_has_every_operation_with_arithmetic(explanation: Explanation) -> None:
+    plotted = [name for point in gather(explanation.points) for name in point.names]
+    absent = {row.path for row in placeless(explanation)}
+    assert {row.path for row in explanation.points} == set(plotted) | absent
+    for row in placeless(explanation):
+        assert row.flops == 0 or math.isinf(row.intensity)
+    calls = sum(point.calls for point in gather(explanation.points))
+    assert calls == sum(row.count for row in explanation.points if row.flops > 0 and math.isfinite(row.intensity))
+
+
+def test_marks_lie_where_their_figures_say_and_under_the_roof(explanation: Explanation) -> None:
+    facts = explanation.machine
+    chart = roofline(explanation)
+    marks = [trace for trace in chart["traces"] if trace.get("name") in ("compute", "memory", "launch")]
+    assert marks
+    for trace in marks:
+        for x, y, text in zip(trace["x"], trace["y"], trace["text"], strict=True):
+            assert y <= min(max(facts.peaks.values()), x * facts.memory_bandwidth) * (1 + 1e-9)
+            assert all(word in text for word in ("roof", "expected", "FLOP/B", "of the time"))
+    ridges = [trace for trace in chart["traces"] if "ridge point" in str(trace.get("text"))]
+    used = {name for row in explanation.points for name, flops in row.flops_by_precision.items() if flops}
+    assert {trace["x"][0] for trace in ridges} == {facts.peaks[name] / facts.memory_bandwidth for name in used}
+
+
+def test_a_machine_without_measured_ceilings_has_no_dashed_roof(decode: Explanation) -> None:
+    def dashed() -> int:
+        return sum(trace.get("line", {}).get("dash") == "dash" for trace in roofline(decode)["traces"])
+
+    assert dashed() > 0
+    decode.machine.measured_peaks, decode.machine.measured_bandwidth = {}, None
+    assert dashed() == 0
+
+
+def test_the_charts_embed_every_component_and_category(explanation: Explanation) -> None:
+    charts = Page(to_html(explanation)).charts
+    bars = charts["time"]["traces"]
+    assert set(bars[0]["y"]) == {row.component for row in explanation.components}
+    names = {trace["name"] for trace in bars}
+    assert names == {"roof", "expected"} | ({"measured"} if explanation.totals.measured_seconds else set())
+    shown = {trace["name"] for trace in charts["memory"]["traces"]}
+    if explanation.memory.timeline:
+        assert set(explanation.memory.timeline[0].bytes) <= shown
+    else:
+        assert {"weights", "KV cache"} <= shown
+    assert "capacity" in json.dumps(charts["memory"]["layout"])
+
+
+def test_what_is_not_finite_does_not_reach_the_page(decode: Explanation) -> None:
+    for row in (*decode.rows, *decode.points):
+        row.intensity = math.nan
+    decode.components[0].roof_seconds = math.nan
+    page = Page(to_html(decode))
+    assert "NaN" not in json.dumps(page.charts)
+    assert "nan" not in page.visible.split()
+
+
+def test_an_explanation_of_nothing_still_renders(decode: Explanation) -> None:
+    decode.rows, decode.components, decode.points, decode.advice, decode.notes = [], [], [], [], []
+    decode.primitives, decode.access, decode.movement = [], [], []
+    assert Page(to_html(decode)).open == []
