@@ -77,7 +77,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--measure", action="store_true", help="run it wet on this machine too, and put measured beside predicted"
     )
-    where.add_argument("--text", metavar="FILE", type=Path, help="with --measure: run on this text, a byte a token, instead of random tokens")
+    where.add_argument(
+        "--text",
+        metavar="FILE",
+        type=Path,
+        help="with --measure: run on this text, a byte a token",
+    )
     out = parser.add_argument_group("output")
     out.add_argument(
         "--by", type=one_of("--by", GROUPINGS), default="component", help="rows by component, layer, op or primitive"
@@ -116,18 +121,15 @@ def explain(options: argparse.Namespace, machine: Machine) -> Explanation:
     if setting.text is not None and config.vocab_size < 256:
         raise InvalidValue(f"--text needs a vocabulary of 256 bytes or more, and {name} has {config.vocab_size} tokens")
     check_setting(config, setting)
-    measure = None
+    measured = None
     if options.measure:
         from rooflight.workload import measure as wet
 
         device = wet.device_here()
         wet.check_fits(config, setting, device)
-
-        def measure(at: Setting):  # noqa: ANN202
-            graph = device == "cuda" and at.phase == "decode"
-            return wet.measure(lambda: wet.wet_decoder(config, at, device), device, graph=graph)
-
-    return explain_decoder(name, config, machine, setting, by=options.by, measure=measure)
+        graph = setting.phase == "decode"
+        measured = wet.measure(lambda: wet.wet_decoder(config, setting, device), device, graph=graph)
+    return explain_decoder(name, config, machine, setting, by=options.by, measured=measured)
 
 
 def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanation:
@@ -142,16 +144,13 @@ def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanati
     def dry() -> program.Program:
         return program.any_module(*factory.fake(make), setting)
 
-    measure = None
+    measured = None
     if options.measure:
         from rooflight.workload import measure as wet
 
         device = wet.device_here()
-
-        def measure(at: Setting):  # noqa: ANN202
-            return wet.measure(lambda: wet.wet_module(make, at, device), device)
-
-    return explain_module(options.model, dry, machine, setting, by=options.by, measure=measure)
+        measured = wet.measure(lambda: wet.wet_module(make, setting, device), device)
+    return explain_module(options.model, dry, machine, setting, by=options.by, measured=measured)
 
 
 def _setting(options: argparse.Namespace, context: int, dtype: str) -> Setting:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rooflight.errors import InvalidValue
 from rooflight.models.config import LayerKind, ModelConfig
 from rooflight.models.layers import Linear, RMSNorm
 from rooflight.models.layout import Layout
@@ -31,7 +32,7 @@ class Core(nn.Module):
     def dense(self, q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, layout: Layout) -> Tensor:
         """Whole sequences; q, k, v of the same tokens."""
         if layout.dense is None:
-            raise ValueError("dense attention without a dense layout")
+            raise InvalidValue("dense attention without a dense layout")
         sequences, queries = layout.dense
         q, k, v = (x.view(sequences, queries, *x.shape[1:]) for x in (q_THE, k_TKE, v_TKU))
         return self._attend(q, k, v, layout).flatten(0, 1)
@@ -52,10 +53,12 @@ class Core(nn.Module):
         """Queries against this layer's cache."""
         paged = layout.paged
         if paged is None:
-            raise ValueError("attention over the cache without a paged layout")
+            raise InvalidValue("attention over the cache without a paged layout")
         keys, values = paged.cache.keys[self.index], paged.cache.values[self.index]
         if layout.attention == "naive":
-            k_BSKE, v_BSKU = gather_kv(keys, values, paged.block_table_BM, value_dim, q_THE.dtype)
+            if paged.equal_context is None:
+                raise InvalidValue("naive attention over the cache needs sequences of one context length; use flash")
+            k_BSKE, v_BSKU = gather_kv(keys, values, paged.block_table_BM, paged.equal_context, value_dim, q_THE.dtype)
             q_BQHE = q_THE.view(paged.block_table_BM.shape[0], -1, *q_THE.shape[1:])
             return self._attend(q_BQHE, k_BSKE, v_BSKU, layout).flatten(0, 1)
         return paged_attention(

@@ -119,7 +119,7 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token_layer(self) -> Any:
-        """Elements that one token leaves in one layer's cache: 2·kv_heads·head_dim, with MLA the latent and its rope."""
+        """Elements that one token leaves in one layer's cache: 2·kv_heads·head_dim; MLA: the latent and its rope."""
         if self.latent is not None:
             return self.latent.kv_rank + self.latent.rope_dim
         return 2 * self.kv_heads * self.head_dim

@@ -14,8 +14,8 @@ from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
 from rooflight.models.layers import Linear
 from rooflight.ops.activation import activation, gated_activation
-from rooflight.ops.grouped import grouped_linear
 from rooflight.ops.dispatch import permute, unpermute
+from rooflight.ops.grouped import grouped_linear
 from rooflight.ops.routing import route
 
 

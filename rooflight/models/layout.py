@@ -40,14 +40,18 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """Where each sequence's blocks lie and where the new tokens go."""
+    """Where each sequence's blocks lie and where the new tokens go.
+
+    equal_context: every sequence's context length where all are equal, else None; only naive attention asks.
+    """
 
     cache: KVCache
     block_table_BM: Tensor
     context_lengths_B: Tensor
     query_starts_B1: Tensor
     slots_T: Tensor
-    max_query: int
+    max_query: Any
+    equal_context: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
 from rooflight.models.huggingface import config_from_hf, load_config, read_json
 
+CONFIG = "config.json"
+_HUB_TIMEOUT_S = 5
+
 # Ids on the hub whose config is that of a preset, in lower case; instruction-tuned twins share it.
 ALIASES: Mapping[str, str] = {
     "gpt2": "gpt-2",
@@ -120,12 +123,22 @@ def resolve(model: str) -> tuple[str, ModelConfig]:
 
 
 def _from_hub(model: str) -> Path:
+    """The model's config.json from the hub, or from its local cache where the hub cannot be reached."""
     # Imported here: it takes longer than pricing a model does, and most runs never ask the hub.
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(model, "config.json", etag_timeout=5))
+        reached = True
+        try:
+            get_hf_file_metadata(hf_hub_url(model, CONFIG), timeout=_HUB_TIMEOUT_S)
+        except HfHubHTTPError:
+            raise
+        except Exception:
+            # No connection, told in the classes of whichever HTTP library the client is built on. Asked once, for the
+            # download itself would try for half a minute.
+            reached = False
+        return Path(hf_hub_download(model, CONFIG, local_files_only=not reached))
     except HFValidationError as error:
         raise _unknown(model) from error
     except LocalEntryNotFoundError as error:

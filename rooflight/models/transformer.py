@@ -20,8 +20,8 @@ from rooflight.models.layout import Layout
 from rooflight.models.rope import frequencies
 from rooflight.ops.activation import softcap
 from rooflight.ops.embedding import embedding
-from rooflight.ops.linear import linear
 from rooflight.ops.fused_loss import linear_cross_entropy
+from rooflight.ops.linear import linear
 from rooflight.ops.op import Op, find
 from rooflight.ops.rope import rotary_table
 
@@ -105,15 +105,15 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout
     ) -> tuple[Tensor, Tensor]:
-        h_TD, residual_TD = self.attention_norm(x_TD, residual_TD)
+        h_TD, stream_TD = self.attention_norm(x_TD, residual_TD)
         h_TD = self.attention(h_TD, tables, layout)
         if self.attention_post_norm is not None:
             h_TD = self.attention_post_norm(h_TD)
-        h_TD, residual_TD = self.ffn_norm(h_TD, residual_TD)
+        h_TD, stream_TD = self.ffn_norm(h_TD, stream_TD)
         h_TD = self.ffn(h_TD)
         if self.ffn_post_norm is not None:
             h_TD = self.ffn_post_norm(h_TD)
-        return h_TD, residual_TD
+        return h_TD, stream_TD
 
 
 class Transformer(nn.Module):
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
             if recompute == "none":
                 x_TD, residual_TD = layer(x_TD, residual_TD, tables, layout)
                 continue
-            options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
+            options: dict[str, Any] = {"context_fn": _selective_contexts} if recompute == "selective" else {}
             x_TD, residual_TD = checkpoint(
                 layer, x_TD, residual_TD, tables, layout, use_reentrant=False, preserve_rng_state=False, **options
             )

@@ -55,6 +55,11 @@ def use(batch: Batch) -> Iterator[Batch]:
         _current.reset(token)
 
 
+def current_or_none() -> Batch | None:
+    """The batch in force, or None outside of any."""
+    return _current.get()
+
+
 def current() -> Batch:
     """The batch in force; an operation over a KV cache cannot be priced without one."""
     batch = _current.get()

@@ -60,7 +60,7 @@ VECTOR = "fp32"
 
 
 def precision_of(tensor: Tensor) -> str:
-    """Name of the arithmetic that a matrix multiply over this tensor uses; integers count as int32 on the vector units."""
+    """Name of the arithmetic that a matrix multiply over this tensor uses; integers count on the vector units."""
     return PRECISIONS.get(tensor.dtype, VECTOR)
 
 
@@ -74,7 +74,7 @@ def unique_elements(tensor: Tensor) -> Count:
     return elements
 
 
-def tensor_bytes(tensors: Tensor | None | Iterable[Tensor | None]) -> Count:
+def tensor_bytes(tensors: Tensor | Iterable[Tensor | None] | None) -> Count:
     """Unique bytes of one tensor or of several; None is nothing."""
     if tensors is None:
         return 0
@@ -88,7 +88,7 @@ def tensor_bytes(tensors: Tensor | None | Iterable[Tensor | None]) -> Count:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One piece of a fused operation that a report shows in a row of its own, such as the scores inside flash attention."""
+    """One piece of a fused operation that a report shows in its own row: the scores inside flash attention."""
 
     component: str
     flops: Mapping[str, Count]

@@ -29,7 +29,7 @@ from rooflight.ops.op import Op
 
 def _experts_hit(rows: Count, experts: Count) -> Count:
     """Experts that receive a row: as the batch in force says, else as many as even routing can reach."""
-    current = batch._current.get()
+    current = batch.current_or_none()
     if current is not None and current.expert_tokens is not None:
         return sum(1 for tokens in current.expert_tokens if tokens > 0)
     return torch.sym_min(experts, rows)

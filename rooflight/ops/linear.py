@@ -111,7 +111,7 @@ linear = Op("linear", _linear, cost=_linear_cost, shape=_linear_shape, backward=
 
 
 def _head_linear(x_THK: Tensor, weight_HNK: Tensor) -> Tensor:
-    return torch.einsum("thk,hnk->thn", x_THK, weight_HNK)
+    return torch.einsum("thk,hnk->thn", x_THK, weight_HNK).contiguous()
 
 
 def _head_linear_shape(x_THK: Tensor, weight_HNK: Tensor) -> Tensor:
@@ -131,4 +131,66 @@ def _head_linear_cost(out_THN: Tensor, x_THK: Tensor, weight_HNK: Tensor) -> Cos
     )
 
 
-head_linear = Op("head_linear", _head_linear, cost=_head_linear_cost, shape=_head_linear_shape)
+def _head_input_grad(grad_THN: Tensor, weight_HNK: Tensor) -> Tensor:
+    return torch.einsum("thn,hnk->thk", grad_THN, weight_HNK).contiguous()
+
+
+def _head_input_grad_shape(grad_THN: Tensor, weight_HNK: Tensor) -> Tensor:
+    return grad_THN.new_empty((*grad_THN.shape[:2], weight_HNK.shape[2]))
+
+
+def _head_input_grad_cost(out_THK: Tensor, grad_THN: Tensor, weight_HNK: Tensor) -> Cost:
+    tokens, heads, n = grad_THN.shape
+    return matmul_cost(
+        tokens * heads,
+        weight_HNK.shape[2],
+        n,
+        precision=precision_of(grad_THN),
+        reads=(grad_THN, weight_HNK),
+        writes=(out_THK,),
+        access=Access.STRIDED,
+    )
+
+
+def _head_weight_grad(grad_THN: Tensor, x_THK: Tensor) -> Tensor:
+    return torch.einsum("thn,thk->hnk", grad_THN, x_THK).contiguous()
+
+
+def _head_weight_grad_shape(grad_THN: Tensor, x_THK: Tensor) -> Tensor:
+    return grad_THN.new_empty((grad_THN.shape[1], grad_THN.shape[2], x_THK.shape[2]))
+
+
+def _head_weight_grad_cost(out_HNK: Tensor, grad_THN: Tensor, x_THK: Tensor) -> Cost:
+    tokens, heads, n = grad_THN.shape
+    return matmul_cost(
+        heads * n,
+        x_THK.shape[2],
+        tokens,
+        precision=precision_of(grad_THN),
+        reads=(grad_THN, x_THK),
+        writes=(out_HNK,),
+        access=Access.STRIDED,
+    )
+
+
+head_input_grad = Op("head_input_grad", _head_input_grad, cost=_head_input_grad_cost, shape=_head_input_grad_shape)
+head_weight_grad = Op("head_weight_grad", _head_weight_grad, cost=_head_weight_grad_cost, shape=_head_weight_grad_shape)
+
+
+def _head_backward(ctx: Any, grad_THN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x_THK, weight_HNK = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad
+    return (
+        head_input_grad(grad_THN, weight_HNK) if need_x else None,
+        head_weight_grad(grad_THN, x_THK) if need_weight else None,
+    )
+
+
+head_linear = Op(
+    "head_linear",
+    _head_linear,
+    cost=_head_linear_cost,
+    shape=_head_linear_shape,
+    backward=_head_backward,
+    setup=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

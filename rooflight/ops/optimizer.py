@@ -207,8 +207,8 @@ class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's update through one `adamw` operation, with the states' storage type to choose.
 
     state_dtype: "fp32" or "bf16", the type of both moments. masters: keep an fp32 copy of every parameter that is not
-    fp32, update that and round it into the parameter. States are made on the first step, or by `allocate`. Raises InvalidValue on
-    hyper-parameters out of range.
+    fp32, update that and round it into the parameter. States are made on the first step, or by `allocate`. Raises
+    InvalidValue on hyper-parameters out of range.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         state_dtype: str = "fp32",
         masters: bool = False,
-    ):
+    ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise InvalidValue(f"state_dtype {state_dtype!r} is unknown; use one of {', '.join(STATE_DTYPES)}")
         for name, value in (("beta1", betas[0]), ("beta2", betas[1])):

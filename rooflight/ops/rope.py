@@ -84,12 +84,17 @@ def _rotary_cost(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos_TC, sin_TC, ctx.interleaved, ctx.inverse = inputs
+    q_THE, k_TKE, cos_TC, sin_TC, ctx.interleaved, ctx.inverse = inputs
+    ctx.shapes, ctx.dtype = (q_THE.shape, k_TKE.shape), q_THE.dtype
     ctx.save_for_backward(cos_TC, sin_TC)
 
 
-def _backward(ctx: Any, grad_q_THE: Tensor, grad_k_TKE: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_q_THE: Tensor | None, grad_k_TKE: Tensor | None) -> tuple[Any, ...]:
     cos_TC, sin_TC = ctx.saved_tensors
+    if grad_q_THE is None:
+        grad_q_THE = cos_TC.new_zeros(ctx.shapes[0], dtype=ctx.dtype)
+    if grad_k_TKE is None:
+        grad_k_TKE = cos_TC.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
     # A rotation's transpose is the rotation back.
     grad_q, grad_k = rotary(grad_q_THE, grad_k_TKE, cos_TC, sin_TC, ctx.interleaved, not ctx.inverse)
     return grad_q, grad_k, None, None, None, None

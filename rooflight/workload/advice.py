@@ -5,6 +5,7 @@ Nothing here is a rule of thumb: every gain is the difference between two predic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -186,7 +187,7 @@ def fusion(timed: Timed, machine: Machine) -> Iterator[Advice]:
     for chain in _chains(records):
         once = sum(timed.priced[i].kernel_seconds for i in chain)
         between = 0.0
-        for index, following in zip(chain, chain[1:], strict=False):
+        for index, following in itertools.pairwise(chain):
             passed = set(records[index].outputs) & set(records[following].inputs)
             between += sum(float(timed.walk.trace.sizes[storage]) for storage in passed)
         moved = sum(float(records[i].cost.total_bytes) for i in chain)

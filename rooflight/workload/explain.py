@@ -17,8 +17,6 @@ from rooflight.workload.memory import over_time
 from rooflight.workload.program import Program, Setting
 from rooflight.workload.roofline import PROVENANCES, Timed, time_walk
 
-# Rooms for a measured run: seconds of every step of the whole run in order, of the run as a whole, and peak bytes.
-Measure = Callable[[Setting], "Measured"]
 _NOT_SHOWN = ("phase", "batch", "context", "dtype", "text")
 
 
@@ -70,16 +68,16 @@ def explain_decoder(
     setting: Setting,
     *,
     by: str = "component",
-    measure: Measure | None = None,
+    measured: Measured | None = None,
 ) -> Explanation:
-    """The explanation of one decoder, phase and machine; with `measure` also run wet, operation by operation."""
+    """The explanation of one decoder, phase and machine; with `measured` beside what a wet run showed."""
     check_setting(config, setting)
 
     def predict(changed: ModelConfig, at: Setting) -> walk.Walk:
         return walk.dry(lambda: program.decoder(changed, replace(at, text=None), "cpu", fold=True))
 
     timed = time_walk(predict(config, setting), machine, graph=_uses_graph(machine, setting))
-    result = _assemble(name, machine, setting, timed, by, measure)
+    result = _assemble(name, machine, setting, timed, by, measured)
     result.params = parameter_counts(config)
     result.advice = advices.advise(advices.Case(config, setting, machine, timed.graph, timed, result.memory, predict))
     _write_formulas(result, config, setting)
@@ -93,11 +91,11 @@ def explain_module(
     setting: Setting,
     *,
     by: str = "component",
-    measure: Measure | None = None,
+    measured: Measured | None = None,
 ) -> Explanation:
     """The explanation of any torch module on its example arguments; `factory` makes its program on fake tensors."""
     timed = time_walk(walk.dry(factory), machine, graph=False)
-    result = _assemble(name, machine, setting, timed, by, measure)
+    result = _assemble(name, machine, setting, timed, by, measured)
     result.advice = [
         advice for advice in advices.fusion(timed, machine) if advice.saves_seconds > 0.005 * timed.expected_seconds
     ]
@@ -105,9 +103,8 @@ def explain_module(
 
 
 def _assemble(
-    name: str, machine: Machine, setting: Setting, timed: Timed, by: str, measure: Measure | None
+    name: str, machine: Machine, setting: Setting, timed: Timed, by: str, wet: Measured | None
 ) -> Explanation:
-    wet = measure(setting) if measure is not None else None
     seconds, notes = _match(timed, wet) if wet is not None else (None, [])
     all_pieces = rows.pieces(timed, machine, seconds)
     grouped = rows.pieces(timed, machine, seconds, by_layer=True) if by == "layer" else all_pieces
@@ -159,24 +156,23 @@ def _match(timed: Timed, wet: Measured) -> tuple[list[float] | None, list[str]]:
             min(len(predicted), len(wet.names)),
         )
         raise RooflightError(
-            f"the wet run did {len(wet.names)} operations and the dry one {len(predicted)}; they part at number {first}: "
+            f"the wet run did {len(wet.names)} operations, the dry one {len(predicted)}; they part at number {first}: "
             f"{wet.names[first : first + 1]} against {predicted[first : first + 1]}; please report this"
         )
     total = sum(wet.seconds)
     error = timed.expected_seconds / wet.total_seconds - 1 if wet.total_seconds else 0.0
+    where = "Python and dispatch between them" if total < wet.total_seconds else "overlap when they run together"
     notes = [
         f"predicted {timed.expected_seconds * 1e3:.4g} ms, measured {wet.total_seconds * 1e3:.4g} ms: "
         f"the prediction is off by {error:+.1%}",
-        f"operations measured one by one add up to {total * 1e3:.4g} ms; the rest is Python and dispatch between them"
-        if total < wet.total_seconds
-        else f"operations measured one by one add up to {total * 1e3:.4g} ms, more than the run: each call was timed apart",
+        f"operations measured one by one add up to {total * 1e3:.4g} ms; the difference is {where}",
         *wet.notes,
     ]
     return wet.seconds, notes
 
 
 def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, str]:
-    shares = dict.fromkeys(PROVENANCES, 0.0)
+    shares: dict[str, float] = dict.fromkeys((str(name) for name in PROVENANCES), 0.0)
     for row in points:
         shares[row.provenance] += row.expected_seconds
     total = sum(shares.values()) or 1.0

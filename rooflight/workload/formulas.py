@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from torch._dynamo.source import ConstantSource
@@ -45,7 +45,7 @@ class _Symbols:
 
     def size(self, name: str, hint: int) -> Any:
         source = ConstantSource(name)
-        symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        symbol: Any = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         self.names[symbol] = sympy.Symbol(name, positive=True, integer=True)
         return self.env.create_symintnode(symbol, hint=hint, source=source)
 
@@ -120,8 +120,9 @@ def _plain_division(numerator: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
 
 def write(expression: sympy.Expr) -> str:
     """An expression as people write it: 2·B·T·D·E·(H + 2·K). Δ(n) stands for n(n+1)/2, nothing below zero."""
-    expression = expression.replace(FloorDiv, _plain_division)
-    factored = sympy.factor_terms(sympy.factor(sympy.expand(expression)))
+    expression = cast(sympy.Expr, expression.replace(FloorDiv, _plain_division))
+    factored: Any = sympy.factor(sympy.expand(expression))
+    factored = sympy.factor_terms(factored)
     text = sympy.sstr(factored, order="grlex")
     text = re.sub(r"\*\*(\d+)", lambda match: match.group(1).translate(_SUPERSCRIPTS), text)
     return text.replace("*", "·")

@@ -123,7 +123,7 @@ def _each_on_gpu(program: Program) -> tuple[list[str], list[float]]:
             names = [record.name for record in walks.record(program, around=around).trace.records]
             torch.cuda.synchronize()
         seconds = [0.0] * len(names)
-        for event in profiler.events():
+        for event in profiler.events() or ():
             on_host = event.device_type == torch.autograd.DeviceType.CPU
             if on_host and event.name.startswith("rooflight#"):
                 index = int(event.name.split("#")[1])
@@ -139,9 +139,10 @@ def check_fits(config: ModelConfig, setting: Setting, device: str) -> None:
     needed = float(sum(walks.dry(lambda: programs.decoder(config, setting, "cpu", fold=True)).standing.values()))
     available = memory_available(device)
     if needed > available:
+        name = config.name or "the model"
         raise InvalidValue(
-            f"--measure needs {needed / 2**30:.1f} GiB for weights, optimizer and KV cache of {config.name or 'the model'}, "
-            f"and this machine's {device} has {available / 2**30:.1f} GiB free; choose a smaller model, batch or dtype"
+            f"--measure needs {needed / 2**30:.1f} GiB for weights, optimizer and KV cache of {name}, and the "
+            f"{device} here has {available / 2**30:.1f} GiB free; choose a smaller model, batch or dtype"
         )
 
 

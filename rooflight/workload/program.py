@@ -5,7 +5,7 @@ Legend: B sequences  T tokens  M blocks a sequence  N blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +105,7 @@ def _paged(config: ModelConfig, setting: Setting, query: Any, device: Any) -> Pa
         query_starts_B1=torch.arange(sequences + 1, **int32) * query,
         slots_T=(first_B.unsqueeze(-1) + new_Q).flatten(),
         max_query=query,
+        equal_context=context,
     )
 
 
@@ -290,7 +291,7 @@ def _plain(output: Any) -> Any:
     """Outputs that are dataclasses or mappings of a library's own kind as a plain list of their values."""
     if isinstance(output, Tensor):
         return output
-    if hasattr(output, "values") and callable(output.values):
+    if isinstance(output, Mapping):
         return list(output.values())
     if hasattr(output, "__dataclass_fields__"):
         return [getattr(output, name) for name in output.__dataclass_fields__]

@@ -266,7 +266,7 @@ def rows_by(grouping: str, all_pieces: list[Piece]) -> list[Row]:
 
 
 def divisions(all_pieces: list[Piece]) -> tuple[list[Division], list[Division], list[Division]]:
-    """How the work divides over primitives, access patterns and movements; a movement's bytes may count under several."""
+    """The work by primitive, access pattern and movement; bytes count under each movement that an operation has."""
 
     def divide(names: Callable[[Piece], Iterable[str]], order: Iterable[Any]) -> list[Division]:
         found: dict[str, Division] = {}

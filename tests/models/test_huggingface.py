@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_sparse_layers() -> None:
     assert sparse("qwen3_moe") == [True, False, True, True]
     assert sparse("qwen3_moe-sparse-step") == [False, True, False, True]
     assert sparse("deepseek_v3") == [False, True, True, True]
+
+
+def test_what_a_file_cannot_hold_is_not_written() -> None:
+    config = config_from_hf(CASES["mistral"].config())
+    first, *rest = config.layers
+    with pytest.raises(InvalidValue, match="one window for all layers"):
+        config_to_hf(replace(config, layers=(replace(first, window=0), *rest)))
+    with pytest.raises(InvalidValue, match="one kind of rotary positions"):
+        config_to_hf(replace(config, layers=(replace(first, rope=None), *rest)))
+    config = config_from_hf(CASES["gemma2"].config())
+    first, *rest = config.layers
+    with pytest.raises(InvalidValue, match=r"the model has \[3, 6\]"):
+        config_to_hf(replace(config, layers=(replace(first, window=3), *rest)))
+    with pytest.raises(InvalidValue, match=r"'bert' has no config.json.* gpt2"):
+        config_to_hf(replace(config, family="bert"))
 
 
 def test_published_quantization_is_no_part_of_the_model() -> None:

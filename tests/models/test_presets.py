@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,8 @@ ACTIVE = {
     "deepseek-v3": 37.6,
     "llama-3.1-8b": 8.03,
 }
+# A port where nothing listens.
+UNREACHABLE = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -131,6 +136,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
 
 
 def test_a_path_goes_before_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,16 +189,64 @@ def test_unknown_names(model: str, parts: list[str]) -> None:
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", UNREACHABLE)
+    start = time.perf_counter()
     with pytest.raises(InvalidValue, match=r"model nobody/nothing: .*cannot be reached.*--list") as caught:
         presets.resolve("nobody/nothing")
     assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 10
 
 
-def test_a_hub_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(presets.raw("tiny")))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: str(file))
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub on this machine that has one model, Somebody/Something, and answers like the real one."""
+    body = json.dumps(presets.raw("tiny")).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, with_body: bool) -> None:
+            found = self.path.startswith("/Somebody/Something/")
+            self.send_response(200 if found else 404)
+            if not found:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"abc"')
+            self.send_header("Content-Length", str(len(body) if found else 0))
+            self.end_headers()
+            if with_body and found:
+                self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.answer(False)
+
+        def do_GET(self) -> None:
+            self.answer(True)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield address
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_answers(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, config = presets.resolve("Somebody/Something")
     assert name == config.name == "Somebody/Something"
     assert config.width == presets.preset("tiny").width
+    # Once fetched, it is there without a network.
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", UNREACHABLE)
+    assert presets.resolve("Somebody/Something")[1] == config
+
+
+def test_a_model_that_the_hub_does_not_have(hub: str) -> None:
+    with pytest.raises(InvalidValue, match=r"model Nobody/Nothing: .* does not give its config.json") as caught:
+        presets.resolve("Nobody/Nothing")
+    assert "\n" not in str(caught.value)

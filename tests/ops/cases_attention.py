@@ -31,10 +31,12 @@ def _flash_backward_args(r: Draw, causal: bool, window: int, cap: float, sinks: 
 
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any) -> Any:
-    *options, sinks = rest
+    scale, causal, window, cap, sinks = rest
     sink = q.new_zeros((0,)) if sinks is None else sinks
     return gradients(
-        lambda a, b, c, d: f.attention(a, b, c, *options, None if sinks is None else d)[0], (q, k, v, sink), g
+        lambda a, b, c, d: f.attention(a, b, c, scale, causal, window, cap, None if sinks is None else d)[0],
+        (q, k, v, sink),
+        g,
     )
 
 
@@ -176,9 +178,13 @@ def cases() -> list[Case]:
     ]
     table = torch.tensor([[4, 1, 2], [0, 5, 3]])
     rows += [
-        Case("gather_kv", lambda r: (r(6, 4, G, E), r(6, 4, G, U), table, U, r.dtype), f.gather_kv, sa.gather_kv),
+        Case("gather_kv", lambda r: (r(6, 4, G, E), r(6, 4, G, U), table, 7, U, r.dtype), f.gather_kv, sa.gather_kv),
         Case(
-            "gather_kv", lambda r: (r(6, 4, G, E), None, table, U, r.dtype), f.gather_kv, sa.gather_kv, label="latent"
+            "gather_kv",
+            lambda r: (r(6, 4, G, E), None, table, 7, U, r.dtype),
+            f.gather_kv,
+            sa.gather_kv,
+            label="latent",
         ),
     ]
     for latent, window, cap, sinks, decode in (

@@ -10,6 +10,7 @@ from torch import Tensor
 from rooflight.ops import batch, dispatch, loss
 
 from . import formulas as f
+from . import scalar_experts as se
 from . import scalar_rest as sr
 from .case import Case, Draw
 from .formulas import gradients
@@ -179,7 +180,7 @@ def _experts_rows() -> list[Case]:
                     *o,
                 ),
                 f.route,
-                sr.route,
+                se.route,
                 (0,),
                 label=label,
             ),
@@ -187,31 +188,31 @@ def _experts_rows() -> list[Case]:
                 "route_backward",
                 lambda r, o=(scoring, normalize, scale): (r.fp32(T, K), r.distinct(T, X), _experts(r), *o),
                 _route_backward,
-                sr.route_backward,
+                se.route_backward,
                 label=label,
             ),
         ]
     counts, total = torch.tensor(COUNTS), sum(COUNTS)
     rows += [
-        Case("permute", lambda r: (r(T, D), _experts(r), X), f.permute, sr.permute, (0,)),
+        Case("permute", lambda r: (r(T, D), _experts(r), X), f.permute, se.permute, (0,)),
         Case(
             "permute_backward",
             lambda r: (r(T * K, D), _unpermute_args(r)[2], K),
             lambda g, source, k: g[torch.argsort(source)].view(-1, k, g.shape[1]).sum(1),
-            sr.permute_backward,
+            se.permute_backward,
         ),
-        Case("unpermute", _unpermute_args, f.unpermute, sr.unpermute, (0, 1)),
+        Case("unpermute", _unpermute_args, f.unpermute, se.unpermute, (0, 1)),
         Case(
             "unpermute_backward",
             lambda r: (r(T, D), *_unpermute_args(r)),
             lambda g, y, w, s: gradients(lambda a, b: f.unpermute(a, b, s), (y, w), g),
-            sr.unpermute_backward,
+            se.unpermute_backward,
         ),
         Case(
             "grouped_linear",
             lambda r: (r(total, D), r(X, N, D), r(X, N), counts),
             f.grouped_linear,
-            sr.grouped_linear,
+            se.grouped_linear,
             (0, 1, 2),
             label="bias",
             batch=BATCH,
@@ -220,27 +221,27 @@ def _experts_rows() -> list[Case]:
             "grouped_linear",
             lambda r: (r(total, D), r(X, N, D), None, counts),
             f.grouped_linear,
-            sr.grouped_linear,
+            se.grouped_linear,
             (0, 1),
         ),
         Case(
             "grouped_input_grad",
             lambda r: (r(total, N), r(X, N, D), counts),
             lambda g, w, c: f.grouped_linear(g, w.mT, None, c),
-            sr.grouped_input_grad,
+            se.grouped_input_grad,
             batch=BATCH,
         ),
         Case(
             "grouped_weight_grad",
             lambda r: (r(total, N), r(total, D), counts),
             _grouped_weight_grad,
-            sr.grouped_weight_grad,
+            se.grouped_weight_grad,
         ),
         Case(
             "grouped_bias_grad",
             lambda r: (r(total, N), counts),
             lambda g, c: torch.stack([part.sum(0) for part in g.split(c.tolist())]),
-            sr.grouped_bias_grad,
+            se.grouped_bias_grad,
         ),
     ]
     return rows

@@ -1,7 +1,7 @@
 """Numbers that count the arithmetic done with them, so that a scalar program is its own FLOP count.
 
-Counted: + − · / negation, a comparison or maximum of two values, |x|, and one function (exp, log, tanh, erf, √, 1/√, cos,
-sin). Not counted: index arithmetic (comparing token numbers, sorting integers) and scalars that the host prepares.
+Counted: + − · / negation, a comparison or maximum of two values, |x|, and one function (exp, log, tanh, erf, √, 1/√,
+cos, sin). Not counted: index arithmetic (comparing token numbers, sorting integers) and scalars that the host prepares.
 """
 
 from __future__ import annotations

@@ -143,10 +143,12 @@ def paged_attention(
     return torch.cat(out)
 
 
-def gather_kv(k: Tensor, v: Tensor | None, table: Tensor, value_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gather_kv(
+    k: Tensor, v: Tensor | None, table: Tensor, context: int, value_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     keys = torch.stack([torch.cat([k[block] for block in blocks]) for blocks in table])
     values = keys if v is None else torch.stack([torch.cat([v[block] for block in blocks]) for blocks in table])
-    return keys, values[..., :value_dim]
+    return keys[:, :context], values[:, :context, :, :value_dim]
 
 
 def write_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor) -> None:

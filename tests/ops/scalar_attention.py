@@ -237,8 +237,10 @@ def paged_attention(
     return out
 
 
-def gather_kv(k_cache: Any, v_cache: Any, block_table: list[list[int]], value_dim: int, dtype: Any) -> Any:
-    keys = [[row for block in blocks for row in k_cache[block]] for blocks in block_table]
+def gather_kv(
+    k_cache: Any, v_cache: Any, block_table: list[list[int]], context: int, value_dim: int, dtype: Any
+) -> Any:
+    keys = [[row for block in blocks for row in k_cache[block]][:context] for blocks in block_table]
     if v_cache is None:
         return keys, [[[head[:value_dim] for head in row] for row in sequence] for sequence in keys]
-    return keys, [[row for block in blocks for row in v_cache[block]] for blocks in block_table]
+    return keys, [[row for block in blocks for row in v_cache[block]][:context] for blocks in block_table]

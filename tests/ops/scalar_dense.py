@@ -32,6 +32,15 @@ def head_linear(x: Sequence[Matrix], weight: Sequence[Matrix]) -> Any:
     return [[[dot(row, w) for w in head] for row, head in zip(token, weight, strict=True)] for token in x]
 
 
+def head_input_grad(grad: Sequence[Matrix], weight: Sequence[Matrix]) -> Any:
+    return [[matmul([row], head)[0] for row, head in zip(token, weight, strict=True)] for token in grad]
+
+
+def head_weight_grad(grad: Sequence[Matrix], x: Sequence[Matrix]) -> Any:
+    heads = range(len(grad[0]))
+    return [matmul(transpose([token[h] for token in grad]), [token[h] for token in x]) for h in heads]
+
+
 def _shifted(weight: Vector, offset: float) -> Vector:
     return [w + offset for w in weight] if offset else weight
 

@@ -1,4 +1,4 @@
-"""Collectives: prices against a ring played step by step, traces over fake ranks, and values over two gloo processes."""
+"""Collectives: prices against a ring played step by step, traces over fake ranks, values over two processes."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _work(rank: int, folder: str) -> None:
     x, first, second = torch.randn(5, 6), torch.randn(8, 6), torch.randn(6, 8)
     mine = (x.clone(), first[4 * rank :][:4].clone(), second[:, 4 * rank :][:, :4].clone())
     leaves = [leaf.requires_grad_() for leaf in mine]
-    out = _megatron_block(*leaves, "0")
+    out = _megatron_block(leaves[0], leaves[1], leaves[2], "0")
     result: dict[str, Any] = {"block": (out.detach(), *torch.autograd.grad(out.square().sum(), leaves))}
     rows = torch.arange(8.0).view(4, 2) + 100 * rank
     for name, function in (("gather", c.all_gather), ("scatter", c.reduce_scatter), ("exchange", c.all_to_all)):

@@ -1,4 +1,4 @@
-"""Every operation against its fp64 formula, values and gradients, and against what torch.library asks of an operator."""
+"""Every operation against its fp64 formula, values and gradients, and against torch.library's own checks."""
 
 from __future__ import annotations
 

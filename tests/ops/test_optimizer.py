@@ -66,6 +66,17 @@ def test_states_come_on_the_first_step_in_their_type(state_dtype: str, dtype: to
     assert [one.state[p]["step"] for p in params] == [2, 1]
 
 
+def test_allocated_states_step_as_fresh_ones_do() -> None:
+    params, copies = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    ahead, fresh = (AdamW(p, **SETTINGS, masters=True) for p in (params, copies))
+    ahead.allocate()
+    before = [ahead.state[p]["exp_avg"].data_ptr() for p in params]
+    assert [ahead.state[p]["step"] for p in params] == [0, 0]
+    run([ahead, fresh], [params, copies], 2)
+    assert before == [ahead.state[p]["exp_avg"].data_ptr() for p in params]
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
 def test_saved_and_loaded_continues_exactly() -> None:
     params, copies = parameters(torch.bfloat16), parameters(torch.bfloat16)
     one = AdamW(params, **SETTINGS, masters=True)
@@ -89,8 +100,9 @@ def test_torchs_fused_kernel_agrees_with_the_reference() -> None:
     ours, fused = lists(), lists()
     assert optimizer._fused_takes(*fused, [])
     assert not optimizer._fused_takes(*fused, fused[0])
-    optimizer._adamw(*ours, [], 3, 0.1, 0.9, 0.99, 1e-8, 0.1)
-    optimizer._fused_adamw(*fused, [], 3, 0.1, 0.9, 0.99, 1e-8, 0.1)
+    for update, tensors in ((optimizer._adamw, ours), (optimizer._fused_adamw, fused)):
+        params, grads, means, squares = tensors
+        update(params, grads, means, squares, [], 3, 0.1, 0.9, 0.99, 1e-8, 0.1)
     torch.testing.assert_close(fused, ours, rtol=1e-5, atol=1e-6)
 
 

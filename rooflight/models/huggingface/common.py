@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rooflight.errors import InvalidValue
-from rooflight.models.config import LayerKind, ModelConfig
+from rooflight.models.config import LayerKind, ModelConfig, Rope
 from rooflight.models.huggingface.fields import Fields
 
 MAX_LAYERS = 10_000
@@ -148,3 +148,19 @@ def one_window(config: ModelConfig) -> int | None:
     if len(sizes) > 1:
         raise InvalidValue(f"a config.json holds one sliding window, the model has {sorted(sizes)}; make them equal")
     return sizes.pop() if sizes else None
+
+
+def every_window(config: ModelConfig) -> int | None:
+    """The window of a family whose layers all have the same one, None for none."""
+    if len({kind.window for kind in config.layers}) > 1:
+        raise InvalidValue(f"a {config.family} config holds one window for all layers; give each layer the same")
+    return config.layers[0].window or None
+
+
+def one_rope(config: ModelConfig) -> Rope:
+    """The rotary positions of a family whose layers all share them."""
+    ropes = {kind.rope for kind in config.layers}
+    rope = config.layers[0].rope
+    if rope is None or len(ropes) > 1:
+        raise InvalidValue(f"a {config.family} config holds one kind of rotary positions; give each layer the same")
+    return rope

@@ -14,8 +14,10 @@ from rooflight.models.huggingface.common import (
     Family,
     checked,
     decoder,
+    every_window,
     head_dim,
     layer_count,
+    one_rope,
     one_window,
     read_dtype,
     sliding_window,
@@ -25,14 +27,6 @@ from rooflight.models.huggingface.common import (
 )
 from rooflight.models.huggingface.fields import Fields
 from rooflight.models.huggingface.rope import read_rope, read_scaling, write_rope, write_scaling
-
-
-def first_rope(config: ModelConfig) -> Rope:
-    """The rotary positions of a family whose layers all share them."""
-    rope = config.layers[0].rope
-    if rope is None:
-        raise InvalidValue(f"a {config.family} config needs rotary positions; its first layer has none")
-    return rope
 
 
 def _read_gpt2(fields: Fields) -> ModelConfig:
@@ -107,7 +101,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
         config,
         attention_bias=config.qkv_bias,
         mlp_bias=config.mlp_bias,
-        **write_rope(first_rope(config), config.max_context),
+        **write_rope(one_rope(config), config.max_context),
     )
 
 
@@ -120,8 +114,8 @@ def _read_mistral(fields: Fields) -> ModelConfig:
 
 
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:
-    rope = write_rope(first_rope(config), config.max_context)
-    return write_decoder(config, sliding_window=config.layers[0].window or None, **rope)
+    rope = write_rope(one_rope(config), config.max_context)
+    return write_decoder(config, sliding_window=every_window(config), **rope)
 
 
 def _qwen_layers(fields: Fields, rope: Rope) -> Any:
@@ -153,7 +147,7 @@ def _write_qwen(config: ModelConfig) -> dict[str, Any]:
         use_sliding_window=window is not None,
         sliding_window=window,
         layer_types=write_layer_types(config),
-        **write_rope(first_rope(config), config.max_context),
+        **write_rope(one_rope(config), config.max_context),
     )
     return out if config.family == "qwen2" else out | {"attention_bias": config.qkv_bias}
 
@@ -205,7 +199,7 @@ def _softcap(fields: Fields, key: str, default: float) -> float:
 
 
 def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
-    return _write_gemma(config) | write_rope(first_rope(config), config.max_context)
+    return _write_gemma(config) | write_rope(one_rope(config), config.max_context)
 
 
 # The published multimodal configs leave out what equals the class's own values, which are those of no released size.
@@ -266,8 +260,8 @@ def _read_phi3(fields: Fields) -> ModelConfig:
 
 
 def _write_phi3(config: ModelConfig) -> dict[str, Any]:
-    rope = first_rope(config)
-    out = write_decoder(config, sliding_window=config.layers[0].window or None, **write_rope(rope, config.max_context))
+    rope = one_rope(config)
+    out = write_decoder(config, sliding_window=every_window(config), **write_rope(rope, config.max_context))
     out |= {
         "partial_rotary_factor": rope.dims / config.head_dim,
         "original_max_position_embeddings": rope.original_context or config.max_context,

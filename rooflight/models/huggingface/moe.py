@@ -10,15 +10,16 @@ from rooflight.models.huggingface.common import (
     Defaults,
     Family,
     decoder,
+    every_window,
     head_dim,
     layer_count,
+    one_rope,
     one_window,
     sliding_window,
     windows,
     write_decoder,
     write_layer_types,
 )
-from rooflight.models.huggingface.dense import first_rope
 from rooflight.models.huggingface.fields import Fields
 from rooflight.models.huggingface.rope import read_rope, write_rope
 
@@ -52,8 +53,8 @@ def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
         config,
         num_local_experts=moe.experts,
         num_experts_per_tok=moe.top_k,
-        sliding_window=config.layers[0].window or None,
-        **write_rope(first_rope(config), config.max_context),
+        sliding_window=every_window(config),
+        **write_rope(one_rope(config), config.max_context),
     )
 
 
@@ -98,7 +99,7 @@ def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         attention_bias=config.qkv_bias,
         use_sliding_window=window is not None,
         sliding_window=window,
-        **write_rope(first_rope(config), config.max_context),
+        **write_rope(one_rope(config), config.max_context),
     )
 
 
@@ -142,7 +143,7 @@ def _with_default_rope(fields: Fields) -> Fields:
 
 def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
     moe = moe_of(config)
-    rope = write_rope(first_rope(config), config.max_context)
+    rope = write_rope(one_rope(config), config.max_context)
     # Null would be read as the class's own YaRN.
     rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}
     return write_decoder(
@@ -236,7 +237,7 @@ def _read_deepseek_v3(fields: Fields) -> ModelConfig:
 
 
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    moe, latent, rope = moe_of(config), config.latent, first_rope(config)
+    moe, latent, rope = moe_of(config), config.latent, one_rope(config)
     if latent is None:
         raise InvalidValue(f"a {config.family} config needs latent attention; set ModelConfig.latent")
     out = write_decoder(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflight.ops.attention import pairs
+from rooflight.ops.attention import cuda, pairs
 from rooflight.ops.cost import (
     VECTOR,
     Access,
@@ -259,7 +259,8 @@ def _attention_backward_shape(
     sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_sinks = q_BQHE.new_empty((0,)) if sinks_H is None else sinks_H.new_empty(sinks_H.shape)
-    return tuple(x.new_empty(x.shape) for x in (q_BQHE, k_BSKE, v_BSKU)) + (grad_sinks,)  # pyright: ignore
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_BQHE, k_BSKE, v_BSKU))
+    return dq, dk, dv, grad_sinks
 
 
 def _attention_backward_cost(
@@ -297,7 +298,12 @@ def _attention_backward_cost(
 
 
 attention_backward = Op(
-    "attention_backward", _attention_backward, cost=_attention_backward_cost, shape=_attention_backward_shape
+    "attention_backward",
+    _attention_backward,
+    cost=_attention_backward_cost,
+    shape=_attention_backward_shape,
+    kernel=cuda.backward,
+    kernel_takes=cuda.takes_backward,
 )
 
 
@@ -315,4 +321,13 @@ def _backward(ctx: Any, grad_BQHU: Tensor, _: Any) -> tuple[Any, ...]:
     return dq, dk, dv, None, None, None, None, None if sinks is None else grad_sinks
 
 
-attention = Op("attention", _attention, cost=_attention_cost, shape=_attention_shape, backward=_backward, setup=_setup)
+attention = Op(
+    "attention",
+    _attention,
+    cost=_attention_cost,
+    shape=_attention_shape,
+    kernel=cuda.forward,
+    kernel_takes=cuda.takes_forward,
+    backward=_backward,
+    setup=_setup,
+)

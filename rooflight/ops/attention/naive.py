@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.attention import pairs
-from rooflight.ops.cost import VECTOR, Access, Cost, Count, Movement, Primitive, elementwise_cost, precision_of
-from rooflight.ops.cost import tensor_bytes
+from rooflight.ops.cost import (
+    VECTOR,
+    Access,
+    Cost,
+    Count,
+    Movement,
+    Primitive,
+    elementwise_cost,
+    precision_of,
+    tensor_bytes,
+)
 from rooflight.ops.op import Op
 
 

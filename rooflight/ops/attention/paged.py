@@ -167,18 +167,17 @@ paged_attention = Op("paged_attention", _paged_attention, cost=_paged_attention_
 
 
 def _gather_kv(
-    k_NPKE: Tensor, v_NPKU: Tensor | None, block_table_BM: Tensor, value_dim: int, dtype: torch.dtype
+    k_NPKE: Tensor, v_NPKU: Tensor | None, block_table_BM: Tensor, context: int, value_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    keys = _gather(k_NPKE, block_table_BM, dtype)
-    values = keys[..., :value_dim].clone() if v_NPKU is None else _gather(v_NPKU, block_table_BM, dtype)
-    return keys, values
+    keys = _gather(k_NPKE, block_table_BM, dtype)[:, :context]
+    values = keys[..., :value_dim] if v_NPKU is None else _gather(v_NPKU, block_table_BM, dtype)[:, :context]
+    return keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
 
 
 def _gather_kv_shape(
-    k_NPKE: Tensor, v_NPKU: Tensor | None, block_table_BM: Tensor, value_dim: int, dtype: torch.dtype
+    k_NPKE: Tensor, v_NPKU: Tensor | None, block_table_BM: Tensor, context: int, value_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    sequences, blocks = block_table_BM.shape
-    shape = (sequences, blocks * k_NPKE.shape[1], k_NPKE.shape[2])
+    shape = (block_table_BM.shape[0], context, k_NPKE.shape[2])
     return (
         k_NPKE.new_empty((*shape, k_NPKE.shape[3]), dtype=dtype),
         k_NPKE.new_empty((*shape, value_dim), dtype=dtype),
@@ -190,6 +189,7 @@ def _gather_kv_cost(
     k_NPKE: Tensor,
     v_NPKU: Tensor | None,
     block_table_BM: Tensor,
+    context: int,
     value_dim: int,
     dtype: torch.dtype,
 ) -> Cost:
