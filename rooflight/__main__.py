@@ -1,7 +1,5 @@
 """`python -m rooflight` is the `rooflight` command."""
 
-import sys
+from rooflight.cli import console
 
-from rooflight.cli import main
-
-sys.exit(main())
+console()

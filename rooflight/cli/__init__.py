@@ -1,5 +1,5 @@
 """The command line: `rooflight COMMAND`."""
 
-from rooflight.cli.main import main
+from rooflight.cli.main import console, main
 
-__all__ = ["main"]
+__all__ = ["console", "main"]

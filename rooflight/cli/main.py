@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rooflight import __version__
 from rooflight.cli import explain, probe
@@ -51,3 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def console() -> NoReturn:
+    """The `rooflight` program: `main` without the seconds that Python spends on torch's thousands of modules.
+
+    No collector while they are imported, and no teardown of them at the end (seen: 2.5 s to 1.4 s around the work).
+    """
+    gc.disable()
+    code = main()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

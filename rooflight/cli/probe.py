@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from rooflight.hardware.probe import probe
     from rooflight.workload.calibrate import operation_samples
 
+    gc.enable()
     machine = probe(
         options.device,
         float(options.budget),

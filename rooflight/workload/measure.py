@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -47,6 +48,9 @@ def measure(build: Callable[[], Program], device: str, *, graph: bool = False, s
 
     graph: replay the run as a captured CUDA graph for the whole run's time, as an engine's decode step does.
     """
+    # The command line starts without the collector; a wet run wants it back, but not over what is imported.
+    gc.freeze()
+    gc.enable()
     torch.manual_seed(seed)
     program = build()
     program.step(None)

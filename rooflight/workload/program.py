@@ -182,8 +182,8 @@ def training(
 ) -> Program:
     """One step: forward with the fused loss, backward, optimizer.
 
-    counts: how often each folded layer stands in the whole; the optimizer is then handed a stand-in for every
-    parameter of the layers left out, so that it walks the list that the whole model has.
+    counts: how often each folded layer stands in the whole; the optimizer is then handed stand-ins for the parameters
+    of the layers left out, one for all that repeat the same one, so that it moves what it moves for the whole model.
     """
     if model is None:
         model = build_model(config, setting.dtype, device)
@@ -196,7 +196,7 @@ def training(
     repeats: list[tuple[nn.Parameter, int]] = []
     for layer, count in zip(model.layers, counts, strict=True):
         repeats += [(p, count - 1) for p in layer.parameters() if p.requires_grad]
-    stand_ins = [nn.Parameter(torch.empty_like(p)) for p, extra in repeats for _ in range(extra)]
+    stand_ins = [nn.Parameter(p.new_empty((extra, *p.shape))) for p, extra in repeats if extra]
     # Their gradients are counted where the layers' records repeat; here they only fill the optimizer's list.
     for p in stand_ins:
         p.grad = torch.empty_like(p)
