@@ -129,7 +129,9 @@ def explain(options: argparse.Namespace, machine: Machine) -> Explanation:
         wet.check_fits(config, setting, device)
         graph = setting.phase == "decode"
         measured = wet.measure(lambda: wet.wet_decoder(config, setting, device), device, graph=graph)
-    return explain_decoder(name, config, machine, setting, by=options.by, measured=measured)
+    result = explain_decoder(name, config, machine, setting, by=options.by, measured=measured)
+    _say_where(result, machine, options)
+    return result
 
 
 def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanation:
@@ -150,7 +152,23 @@ def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanati
 
         device = wet.device_here()
         measured = wet.measure(lambda: wet.wet_module(make, setting, device), device)
-    return explain_module(options.model, dry, machine, setting, by=options.by, measured=measured)
+    result = explain_module(options.model, dry, machine, setting, by=options.by, measured=measured)
+    _say_where(result, machine, options)
+    return result
+
+
+def _say_where(result: Explanation, machine: Machine, options: argparse.Namespace) -> None:
+    """A wet run happens here, whatever machine the prediction is for."""
+    if options.measure and machine.name in _shipped_machines():
+        result.notes.append(
+            f"measured on this machine, predicted for {machine.title}: compare them with --on here, after `rooflight probe`"
+        )
+
+
+def _shipped_machines() -> list[str]:
+    from rooflight.hardware import catalog
+
+    return catalog()
 
 
 def _setting(options: argparse.Namespace, context: int, dtype: str) -> Setting:

@@ -72,16 +72,16 @@ def _trials(device: torch.device) -> Iterator[Trial]:
     for dtype in dtypes:
         for width in widths:
             config = _decoder(*width)
-            for batch, context in prompts:
-                yield Trial(config, Setting("prefill", batch, context, dtype))
-            for batch, context in steps:
-                yield Trial(config, Setting("decode", batch, context, dtype))
+            if width is widths[1]:
+                yield from _variants(_decoder(*widths[0]), dtype, gpu)
             for batch, context in batches:
                 # Masters are the widest optimizer; plain states are a second point on the same curve.
                 yield Trial(config, Setting("train", batch, context, dtype, optimizer="adamw-master"))
                 yield Trial(config, Setting("train", batch, max(context // 4, 16), dtype))
-    for dtype in dtypes:
-        yield from _variants(_decoder(*widths[0]), dtype, gpu)
+            for batch, context in prompts:
+                yield Trial(config, Setting("prefill", batch, context, dtype))
+            for batch, context in steps:
+                yield Trial(config, Setting("decode", batch, context, dtype))
 
 
 def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
@@ -111,7 +111,7 @@ def operation_samples(timer: Timer) -> list[Sample]:
     began = timer.remaining
     done = 0
     for trial in _trials(timer.device):
-        # The largest trials come last of each kind; the rest of the list is dropped when time is short, and said.
+        # Widths come in order of importance; what is left of the list when time is short is dropped, and said.
         if timer.remaining < 0.04 * began:
             timer.say(f"operations: out of time after {done} trials; the rest will be interpolated")
             break

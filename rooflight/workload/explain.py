@@ -111,6 +111,8 @@ def _assemble(
     points = rows.site_rows(all_pieces)
     flops = sum(row.flops for row in points)
     read, written = sum(row.bytes_read for row in points), sum(row.bytes_written for row in points)
+    if wet is not None:
+        notes += _residuals(points)
     memory = over_time(timed.walk, machine.memory_bytes.value)
     memory.measured_peak = wet.peak_bytes if wet is not None else None
     primitives, access, movement = rows.divisions(all_pieces)
@@ -169,6 +171,26 @@ def _match(timed: Timed, wet: Measured) -> tuple[list[float] | None, list[str]]:
         *wet.notes,
     ]
     return wet.seconds, notes
+
+
+def _residuals(points: list[Row], most: int = 3) -> list[str]:
+    """The operations whose prediction is furthest off in time, with what their prediction rests on."""
+
+    def off(row: Row) -> float:
+        return row.expected_seconds - (row.measured_seconds or 0.0)
+
+    by_operation: dict[tuple[str, str], list[Row]] = {}
+    for row in points:
+        by_operation.setdefault((row.op, row.phase), []).append(row)
+    ranked = sorted(by_operation.items(), key=lambda item: -abs(sum(off(row) for row in item[1])))
+    lines = []
+    for (op, phase), found in ranked[:most]:
+        measured = sum(row.measured_seconds or 0.0 for row in found)
+        sources = ", ".join(dict.fromkeys(row.provenance for row in found))
+        lines.append(
+            f"{op} ({phase}) {sum(off(row) for row in found) * 1e3:+.3g} ms of {measured * 1e3:.3g} ms measured, {sources}"
+        )
+    return ["largest residuals, predicted less measured: " + "; ".join(lines)] if lines else []
 
 
 def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, str]:

@@ -21,9 +21,9 @@ def over_time(walk: Walk, capacity: float) -> Memory:
     timeline = [Moment("before the run", dict(now))]
     for index, step in enumerate(walk.steps):
         record = walk.trace.records[step.record]
-        for storage, size in record.changes:
-            kind = walk.trace.kinds.get(storage, ACTIVATIONS)
-            now[kind] = now.get(kind, 0.0) + float(size)
+        changes = [(walk.trace.kinds.get(storage, ACTIVATIONS), float(size)) for storage, size in record.changes]
+        for kind, size in changes:
+            now[kind] = now.get(kind, 0.0) + max(size, 0.0)
         total = sum(now.values())
         place = f"{record.phase}: {general_path(record.path) or record.name} ({record.name})"
         if step.layer is not None:
@@ -34,6 +34,9 @@ def over_time(walk: Walk, capacity: float) -> Memory:
             highest[kind] = max(highest.get(kind, 0.0), size)
         if index % keep_every == 0:
             timeline.append(Moment(place, dict(now)))
+        # What an operation freed still stood while it ran.
+        for kind, size in changes:
+            now[kind] += min(size, 0.0)
     return Memory(
         weights=standing.get("weights", 0.0),
         gradients=highest.get("gradients", 0.0),

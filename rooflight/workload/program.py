@@ -116,11 +116,19 @@ def _fill_cache(paged: Paged) -> None:
             tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device).to(tensor.dtype))
 
 
+def _repeated(model: Transformer, counts: tuple[int, ...], kind: str) -> list[tuple[Any, int]]:
+    """Parameters or buffers in and outside the layers, a folded layer's as often as it stands in the whole."""
+    layers = [(list(getattr(layer, kind)()), count) for layer, count in zip(model.layers, counts, strict=True)]
+    inside = {id(tensor) for tensors, _ in layers for tensor in tensors}
+    return [([tensor for tensor in getattr(model, kind)() if id(tensor) not in inside], 1), *layers]
+
+
 def _weights(model: Transformer, counts: tuple[int, ...]) -> list[tuple[Any, int]]:
-    """Parameters in and outside the layers, a folded layer's as often as it stands in the whole."""
-    layers = [(list(layer.parameters()), count) for layer, count in zip(model.layers, counts, strict=True)]
-    inside = {id(p) for parameters, _ in layers for p in parameters}
-    return [([p for p in model.parameters() if id(p) not in inside], 1), *layers]
+    return _repeated(model, counts, "parameters")
+
+
+def _buffers(model: Transformer, counts: tuple[int, ...]) -> list[tuple[Any, int]]:
+    return _repeated(model, counts, "buffers")
 
 
 def inference(
@@ -148,8 +156,9 @@ def inference(
 
     cache = [(pair, n) for pair, n in zip(zip(paged.cache.keys, paged.cache.values, strict=True), counts, strict=True)]
     inputs = [tokens_T, positions_T, last_B, paged.block_table_BM, paged.context_lengths_B, paged.slots_T]
-    inputs += [paged.query_starts_B1, *model.buffers()]
-    return Program(model, step, {"weights": _weights(model, counts), "kv cache": cache, "inputs": [(inputs, 1)]})
+    inputs += [paged.query_starts_B1]
+    standing = {"weights": _weights(model, counts), "kv cache": cache}
+    return Program(model, step, standing | {"inputs": [(inputs, 1), *_buffers(model, counts)]})
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter]) -> Any:
@@ -218,8 +227,8 @@ def training(
         return loss.detach()
 
     facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
-    inputs = [tokens_T, targets_T, positions_T, list(model.buffers())]
-    standing = {"weights": _weights(model, counts), "optimizer": [(states, 1)], "inputs": [(inputs, 1)]}
+    inputs = [([tokens_T, targets_T, positions_T], 1), *_buffers(model, counts)]
+    standing = {"weights": _weights(model, counts), "optimizer": [(states, 1)], "inputs": inputs}
     return Program(model, step, standing)
 
 

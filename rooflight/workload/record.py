@@ -33,7 +33,8 @@ _PYTHON_PATH = ""
 class Record:
     """One operation as it ran.
 
-    changes: (storage, ±bytes) made and freed since the record before, from which memory over time is laid out.
+    changes: (storage, ±bytes) that it made, then those freed before the next record: memory over time is laid out from
+        them, and what a layer leaves behind is freed within that layer's records.
     inputs, outputs: the storages that it read and wrote.
     seconds: measured time of the call when the run was wet, else None.
     """
@@ -198,7 +199,8 @@ class Recorder(TorchDispatchMode):
         def freed(_: Any, key: int = key, number: int = number) -> None:
             self._alive.pop(key, None)
             if announce:
-                self._pending.append((number, -self._sizes[number]))
+                # Its maker is recorded by now, so there is a record to free it after.
+                self.records[-1].changes.append((number, -self._sizes[number]))
 
         self._alive[key] = weakref.ref(storage, freed)
         if announce:

@@ -59,15 +59,16 @@ def test_expected_stays_within_reason_of_the_roof(name: str) -> None:
 
 def test_between_samples_lies_between_their_efficiencies() -> None:
     h200 = load("h200")
-    efficiencies = [roof(h200, m, 28672, 4096) / linear(h200, m, 28672, 4096).seconds for m in (16, 32, 64)]
-    assert linear(h200, 32, 28672, 4096).provenance == "interpolated"
+    efficiencies = [roof(h200, m, 28672, 4096) / linear(h200, m, 28672, 4096).seconds for m in (16, 24, 32)]
+    assert linear(h200, 24, 28672, 4096).provenance == "interpolated"
     assert min(efficiencies[0], efficiencies[2]) * 0.9 < efficiencies[1] < max(efficiencies[0], efficiencies[2]) * 1.1
 
 
 @pytest.mark.parametrize("name", ["h200", "h100-sxm", "cloud-cpu", "xeon"])
 def test_four_times_the_rows_never_take_less_time(name: str) -> None:
     machine = load(name)
-    for n, k in ((4096, 4096), (28672, 4096), (1024, 1024)):
+    # Small products are left out: cuBLAS really takes longer for one row of 1024×1024 than for four (7.7 against 4.5 µs).
+    for n, k in ((4096, 4096), (28672, 4096), (8192, 8192)):
         seconds = [linear(machine, 4**power, n, k).seconds for power in range(8)]
         for less, more in itertools.pairwise(seconds):
             assert more >= 0.85 * less
