@@ -54,9 +54,9 @@ def run(on: str, case: tuple[str, str, int, int], folder: Path | None) -> dict[s
         for row in sorted(found["rows"], key=lambda row: -(row["measured_seconds"] or 0)):
             roof, expected, measured = (row[f"{name}_seconds"] * 1e3 for name in ("roof", "expected", "measured"))
             ratio = f"{expected / measured:.2f}" if measured else ""
+            times = f"{roof:.3f} ms | {expected:.3f} ms | {measured:.3f} ms | {ratio}"
             lines.append(
-                f"| {row['op']} | {row['phase']} | {row['count']:,} | {roof:.3f} ms | {expected:.3f} ms | {measured:.3f} ms"
-                f" | {ratio} | {row['bound']} | {row['provenance']} |"
+                f"| {row['op']} | {row['phase']} | {row['count']:,} | {times} | {row['bound']} | {row['provenance']} |"
             )
         lines += ["", *(f"- {note}" for note in found["notes"]), ""]
         name = f"{model}-{phase}-{batch}x{context}.md"
@@ -73,7 +73,8 @@ def main_benchmark() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
-    lines = ["| model | phase | batch × context | roof | expected | measured | prediction |", "|---|---|---|---:|---:|---:|---:|"]
+    lines = ["| model | phase | batch × context | roof | expected | measured | prediction |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|")
     for case in cases:
         totals = run(options.on, case, options.out)
         roof, expected, measured = (totals[f"{name}_seconds"] * 1e3 for name in ("roof", "expected", "measured"))

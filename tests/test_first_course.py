@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from rooflight.models import classic
+from rooflight.models.config import ModelConfig, same_layers
+from rooflight.models.count import parameter_counts
 from rooflight.ops.cost import Access, Primitive
+from rooflight.workload import program, walk
+from rooflight.workload.explanation import Memory
+from rooflight.workload.memory import over_time
+from rooflight.workload.program import Setting
+from rooflight.workload.rows import component_of
 from tests.priced import price_call, price_module
 
 # In bf16 the multiply-adds stand under "bf16" and the elementwise work under "fp32", so the two can be told apart.
@@ -90,3 +97,95 @@ def test_an_embedding_of_100_000_by_4096_is_1_6_gb() -> None:
     assert backward.bytes_written == 1_638_400_000
     # A lookup touches its rows only.
     assert price_module(table, ids).one("embedding").bytes_read == 10 * 4096 * 4 + 10 * 8
+
+
+def _decoder(
+    layers: int = 4, width: int = 512, heads: int = 8, kv_heads: int = 8, ffn_width: int = 2048
+) -> ModelConfig:
+    """A decoder as a first course draws it: multi-head attention, d_ff = 4·d, an ungated feed-forward."""
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=1024,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        ffn_width=ffn_width,
+        layers=same_layers(layers),
+        max_context=1 << 20,
+        gated=False,
+        activation="gelu_tanh",
+    )
+
+
+def _walked(config: ModelConfig, setting: Setting) -> walk.Walk:
+    return walk.dry(lambda: program.decoder(config, setting, "cpu", fold=True))
+
+
+def _memory(config: ModelConfig, setting: Setting) -> Memory:
+    return over_time(_walked(config, setting), capacity=1e12)
+
+
+def _layer_flops(config: ModelConfig, setting: Setting) -> dict[str, int]:
+    """FLOPs of the matrix products inside layers, by component."""
+    found: dict[str, int] = {}
+    run = _walked(config, setting)
+    for step in run.steps:
+        record = run.trace.records[step.record]
+        for component, flops in [(p.component, p.flops) for p in record.cost.parts] or [
+            (component_of(record), record.cost.flops)
+        ]:
+            if step.layer is not None:
+                found[component] = found.get(component, 0) + flops.get("bf16", 0)
+    return found
+
+
+def test_feed_forward_is_two_thirds_of_the_flops() -> None:
+    # 8·d² of 12·d² weights a layer; the scores come on top and are few at a short context.
+    for phase in ("prefill", "train"):
+        found = _layer_flops(_decoder(), Setting(phase, 8, 64, optimizer="none"))
+        share = found["feed-forward"] / sum(found.values())
+        assert 0.64 < share < 2 / 3
+        without_scores = sum(found.values()) - found["scores"] - found["context"]
+        assert found["feed-forward"] * 3 == without_scores * 2
+    # At a long context attention takes over.
+    long = _layer_flops(_decoder(), Setting("prefill", 1, 16_384))
+    assert long["feed-forward"] < long["scores"] + long["context"]
+
+
+def test_adams_states_are_twice_the_parameters() -> None:
+    config = _decoder()
+    found = _memory(config, Setting("train", 1, 64, "fp32", optimizer="adamw"))
+    assert found.weights == 4 * parameter_counts(config)["total"]
+    assert found.optimizer == 2 * found.weights
+    assert found.gradients == found.weights
+
+
+def test_kv_cache_is_batch_layers_2_context_heads_dim_bytes() -> None:
+    batch, context = 8, 4096
+    sizes = {}
+    for kv_heads in (8, 2, 1):
+        config = _decoder(kv_heads=kv_heads)
+        sizes[kv_heads] = _memory(config, Setting("decode", batch, context)).kv_cache
+        assert sizes[kv_heads] == batch * 4 * 2 * context * kv_heads * 64 * 2
+    # Grouped queries over 2 key heads save three quarters of it, multi-query all but an eighth.
+    assert sizes[2] == sizes[8] / 4
+    assert sizes[1] == sizes[8] / 8
+
+
+def test_naive_attention_stores_the_scores_of_32k_and_flash_does_not() -> None:
+    config, context = _decoder(layers=2, width=64, heads=1, kv_heads=1, ffn_width=256), 32_768
+    matrix = 4 * context * context
+    assert matrix == 4 * GIB
+    naive = _memory(config, Setting("prefill", 1, context, "fp32", attention="naive"))
+    flash = _memory(config, Setting("prefill", 1, context, "fp32", attention="flash"))
+    # Scores and the probabilities made of them stand together.
+    assert 2 * matrix <= naive.activations_peak < 2.1 * matrix
+    assert flash.activations_peak < matrix / 30
+    # A training step keeps each layer's probabilities for its backward.
+    kept = [
+        _memory(config, Setting("train", 1, context, "fp32", attention=attention)).activations_peak
+        for attention in ("naive", "flash")
+    ]
+    assert 2 * matrix <= kept[0] - kept[1]
+    assert kept[1] < matrix / 10

@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--dtype",
         type=one_of("--dtype", DTYPES),
-        help="weights and activations (default bf16; fp32 for your own module)",
+        help="weights and activations (default bf16; your own module's stay as they are)",
     )
     run.add_argument(
         "--kv-cache-dtype", type=one_of("--kv-cache-dtype", KV_DTYPES), help="cached keys and values (default: --dtype)"
@@ -140,7 +140,8 @@ def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanati
 
     if options.text is not None:
         raise InvalidValue("--text needs a decoder; a module of your own brings its example arguments")
-    make = factory.load_factory(options.model)
+    _check_for_module(options)
+    make = factory.load_factory(options.model, program.DTYPES.get(options.dtype))
     setting = _setting(options, 1, "fp32")
 
     def dry() -> program.Program:
@@ -161,7 +162,7 @@ def _say_where(result: Explanation, machine: Machine, options: argparse.Namespac
     """A wet run happens here, whatever machine the prediction is for."""
     if options.measure and machine.name in _shipped_machines():
         result.notes.append(
-            f"measured on this machine, predicted for {machine.title}: compare them with --on here, after `rooflight probe`"
+            f"measured on this machine, predicted for {machine.title}; to compare, `rooflight probe` and --on here"
         )
 
 
@@ -169,6 +170,22 @@ def _shipped_machines() -> list[str]:
     from rooflight.hardware import catalog
 
     return catalog()
+
+
+def _check_for_module(options: argparse.Namespace) -> None:
+    """Raise InvalidValue for an option that only a decoder of ours heeds, rather than ignore it."""
+    given = {
+        "--batch": options.batch if options.batch != 1 else None,
+        "--context": options.context,
+        "--kv-cache-dtype": options.kv_cache_dtype,
+        "--attention": options.attention if options.attention != "flash" else None,
+        "--recompute": options.recompute if options.recompute != "none" else None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidValue(
+                f"{option} {value} does not reach a module of your own; its factory decides, so change {options.model}"
+            )
 
 
 def _setting(options: argparse.Namespace, context: int, dtype: str) -> Setting:

@@ -27,6 +27,7 @@ CACHE_LIMIT = 65536
 BALANCE_LIMIT = 4.0
 # Sizes equal and work this close: the sample is the call that is asked for.
 SAME_WORK = 0.02
+MOST_SLOWDOWN = 64.0
 MATMUL_LIKE = frozenset({"matrix multiply", "sliding window", "sequential state"})
 DYNAMIC = "dynamic computation"
 
@@ -88,7 +89,11 @@ class Curve:
         # A sample may beat the floor that was measured on another operation; the least time seen then stands for it.
         self.floor = min(machine.floor_seconds, 0.9 * float(seconds_S.min()))
         total_S = np.maximum(np.array([work.total for work in works]), 1e-12)
-        self.log_slowdown_S = np.log((seconds_S - self.floor) / total_S)
+        beyond_S = seconds_S - self.floor
+        # A tiny call's time is all latency: taken for a slowdown (of 4 bytes' fill: a millionfold) it ruins large ones.
+        tiny_S = (total_S < 0.1 * self.floor) & (beyond_S > MOST_SLOWDOWN * total_S)
+        self.latency_S = np.where(tiny_S, beyond_S - total_S, 0.0)
+        self.log_slowdown_S = np.log((beyond_S - self.latency_S) / total_S)
         log_size_SD = np.log2(np.array([sample.size for sample in samples], dtype=float))
         self.by_work_SD = np.array([work.point for work in works])
         self.by_size_SD = np.concatenate([log_size_SD, self.by_work_SD], axis=1)
@@ -107,11 +112,15 @@ class Curve:
         log_size_D = np.log2(np.maximum(np.array(size, dtype=float), 1.0))
         inside = bool((log_size_D >= self.low_D).all() and (log_size_D <= self.high_D).all())
         query_D = np.concatenate([log_size_D, work.point])
-        return math.exp(blend(self.by_size_SD, self.log_slowdown_S, query_D)), inside
+        return self._slowdown(self.by_size_SD, query_D, work), inside
 
     def at_work(self, work: Work) -> float:
         """Slowdown of whatever does as much work with the same balance of compute to memory."""
-        return math.exp(blend(self.by_work_SD, self.log_slowdown_S, np.array(work.point)))
+        return self._slowdown(self.by_work_SD, np.array(work.point), work)
+
+    def _slowdown(self, at_SD: FloatArray, query_D: FloatArray, work: Work) -> float:
+        latency = blend(at_SD, self.latency_S, query_D) if self.latency_S.any() else 0.0
+        return math.exp(blend(at_SD, self.log_slowdown_S, query_D)) + latency / max(work.total, 1e-12)
 
 
 class Efficiency:

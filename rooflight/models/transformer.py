@@ -92,6 +92,8 @@ class Head(nn.Module):
 class Layer(nn.Module):
     """norm → attention → add and norm → feed-forward, the residual sum carried beside (pre-norm, 2002.04745)."""
 
+    component = "norm and residual"
+
     def __init__(self, config: ModelConfig, kind: LayerKind, index: int):
         super().__init__()
         self.attention_norm = ResidualNorm(config)
@@ -103,8 +105,9 @@ class Layer(nn.Module):
         self.ffn_post_norm = make_norm(config.width, config) if config.post_norms else None
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout
-    ) -> tuple[Tensor, Tensor]:
+        self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout, closed: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block's output and the residual sum beside it; `closed` adds the two up and leaves no residual."""
         h_TD, stream_TD = self.attention_norm(x_TD, residual_TD)
         h_TD = self.attention(h_TD, tables, layout)
         if self.attention_post_norm is not None:
@@ -113,7 +116,7 @@ class Layer(nn.Module):
         h_TD = self.ffn(h_TD)
         if self.ffn_post_norm is not None:
             h_TD = self.ffn_post_norm(h_TD)
-        return h_TD, stream_TD
+        return (h_TD + stream_TD, None) if closed else (h_TD, stream_TD)
 
 
 class Transformer(nn.Module):
@@ -154,14 +157,24 @@ class Transformer(nn.Module):
         """Last hidden state of every token, normalised: [T, D]."""
         x_TD, residual_TD = self.embedding(tokens_T, positions_T), None
         tables = self._tables(positions_T)
+        # Full recomputation keeps what enters a layer: closed layers make that one tensor and not two.
+        closed = recompute == "full"
+        options: dict[str, Any] = {"context_fn": _selective_contexts} if recompute == "selective" else {}
         for layer in self.layers:
             if recompute == "none":
                 x_TD, residual_TD = layer(x_TD, residual_TD, tables, layout)
-                continue
-            options: dict[str, Any] = {"context_fn": _selective_contexts} if recompute == "selective" else {}
-            x_TD, residual_TD = checkpoint(
-                layer, x_TD, residual_TD, tables, layout, use_reentrant=False, preserve_rng_state=False, **options
-            )
+            else:
+                x_TD, residual_TD = checkpoint(
+                    layer,
+                    x_TD,
+                    residual_TD,
+                    tables,
+                    layout,
+                    closed,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    **options,
+                )
         return self.norm(x_TD, residual_TD)[0]
 
     def forward(

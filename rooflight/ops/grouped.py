@@ -26,13 +26,19 @@ from rooflight.ops.cost import (
 )
 from rooflight.ops.op import Op
 
+_ROUNDING = 1e-6  # a mean of whole experts must not lose one to floating point
+
 
 def _experts_hit(rows: Count, experts: Count) -> Count:
-    """Experts that receive a row: as the batch in force says, else as many as even routing can reach."""
+    """Experts that receive a row: as the batch in force says, else as many as random routing reaches on average.
+
+    X·(1 − (1 − 1/X)^R), rounded down to a whole expert, at least one.
+    """
     current = batch.current_or_none()
     if current is not None and current.expert_tokens is not None:
         return sum(1 for tokens in current.expert_tokens if tokens > 0)
-    return torch.sym_min(experts, rows)
+    reached = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)
+    return torch.sym_max(torch.sym_int(reached + _ROUNDING), 1)
 
 
 def _grouped_cost(

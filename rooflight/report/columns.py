@@ -65,7 +65,7 @@ def columns(explanation: Explanation) -> list[Column]:
     out = [text("name", explanation.by, lambda row: figures.label(row, explanation.by), 0)]
     out[0] = Column("name", explanation.by, out[0].cells, "total", False, 0)
     if figures.has_phases(rows):
-        out.append(text("phase", "phase", lambda row: row.phase, 0))
+        out.append(text("phase", "phase", lambda row: row.phase, 9))
     out += [
         number("count", "calls", [row.count for row in rows], None, format_count, 11, "times that it runs in a step"),
         number("flops", "FLOPs", [row.flops for row in rows], totals.flops, format_count, 6, "a multiply-add is 2"),
@@ -81,7 +81,7 @@ def columns(explanation: Explanation) -> list[Column]:
         number(
             "intensity",
             "FLOP/B",
-            [row.intensity for row in rows],
+            [figures.intensity(row) for row in rows],
             totals.intensity,
             format_intensity,
             8,
@@ -117,7 +117,16 @@ def columns(explanation: Explanation) -> list[Column]:
     out += [
         number("share", "share", list(shares), 1.0 if rows else None, format_percent, 2, "of the rows' expected time"),
         number("headroom", "headroom", gaps, whole, format_ratio, 7, "measured time, else expected, over roof"),
-        text("source", "source", lambda row: row.provenance, 9, "where the expected time comes from"),
-        text("formula", "formula", lambda row: row.formula, 10, "FLOPs as a formula"),
+        Column(
+            "source",
+            "source",
+            [Cell(source, source) for source in figures.sources(explanation)],
+            "",
+            False,
+            10,
+            "where most of the expected time comes from, and how much of it",
+        ),
     ]
+    if any(row.formula for row in rows):
+        out.append(text("formula", "formula", lambda row: row.formula, 10, "FLOPs as a formula"))
     return out

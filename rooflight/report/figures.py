@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rooflight.report.units import format_bytes, format_parameters, format_percent, format_seconds
@@ -59,6 +59,11 @@ def bound_shares(explanation: Explanation) -> list[Share]:
     return _shares((row.bound, row.expected_seconds) for row in finest(explanation))
 
 
+def intensity(row: Row) -> float | None:
+    """FLOPs a byte; None for the part of a fused operation whose data never leaves the chip."""
+    return None if row.flops > 0 and row.bytes_read + row.bytes_written <= 0 else row.intensity
+
+
 def provenance_shares(explanation: Explanation) -> list[Share]:
     """Where the expected time comes from, the largest part first."""
     return _shares((row.provenance, row.expected_seconds) for row in finest(explanation))
@@ -82,22 +87,81 @@ def flops_by_precision(rows: Iterable[Row]) -> dict[str, float]:
     return dict(sorted(((name, flops) for name, flops in sums.items() if flops > 0), key=lambda item: -item[1]))
 
 
-def memory_lines(memory: Memory) -> list[tuple[str, float]]:
+@dataclass(frozen=True, slots=True)
+class MemoryLine:
+    """One category: the most bytes that it ever holds, and what it holds when all together hold most."""
+
+    name: str
+    most: float
+    at_peak: float
+
+
+def memory_lines(memory: Memory) -> list[MemoryLine]:
     """Bytes by category, those that hold nothing left out; what the categories leave of the total is `other`.
 
-    Categories may sum to more than the total, for not all of them peak at the same moment.
+    The most of each may sum to more than the total, for not all of them peak at the same moment.
     """
-    lines = [
-        ("weights", memory.weights),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("activations (peak)", memory.activations_peak),
-        ("KV cache", memory.kv_cache),
+    most = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations_peak,
+        "KV cache": memory.kv_cache,
+    }
+    at_peak = {category(name): size for name, size in memory.at_peak} or dict(most)
+    most |= {name: max(size, most.get(name, 0.0)) for name, size in at_peak.items()}
+    lines = [MemoryLine(name, size, at_peak.get(name, 0.0)) for name, size in most.items() if size > 0]
+    other = memory.total - sum(line.at_peak for line in lines)
+    return [*lines, MemoryLine("other", other, other)] if other > 0.001 * memory.total else lines
+
+
+def category(name: str) -> str:
+    """A memory category as people write it."""
+    return "KV cache" if name == "kv cache" else name
+
+
+def sources(explanation: Explanation) -> list[str]:
+    """For each row where most of its expected time comes from, with its share unless it is all: `measured 97%`."""
+    of_row: dict[str, Callable[[Row], str]] = {
+        "component": lambda row: row.component,
+        "op": lambda row: row.op,
+        "primitive": lambda row: row.primitive,
+    }
+    name = of_row.get(explanation.by)
+    out = []
+    for row in explanation.rows:
+        mine = [point for point in explanation.points if name is not None and name(point) == name(row)]
+        shares = _shares((p.provenance, p.expected_seconds) for p in mine if p.phase in row.phase)
+        mixed = bool(shares) and shares[0].fraction < 0.995
+        most = shares[0].name if shares else row.provenance
+        out.append(f"{most} {format_percent(shares[0].fraction)}" if mixed else most)
+    return out
+
+
+def fused_text(explanation: Explanation) -> list[str]:
+    """For rows that are parts of one fused operation, what they have in common."""
+    if explanation.by != "component":
+        return []
+    parts: dict[tuple[str, str, str], dict[str, None]] = {}
+    for point in explanation.points:
+        parts.setdefault((point.path, point.op, point.phase), {})[point.component] = None
+    together: dict[tuple[str, ...], dict[str, None]] = {}
+    for (_, op, _), components in parts.items():
+        if len(components) > 1:
+            together.setdefault(tuple(components), {})[op] = None
+    return [
+        f"{', '.join(names[:-1])} and {names[-1]} run as one operation ({', '.join(ops)}): its time is divided by "
+        "what each part needs"
+        for names, ops in together.items()
     ]
-    other = memory.total - sum(size for _, size in lines)
-    if other > 0.001 * memory.total:
-        lines.append(("other", other))
-    return [(name, size) for name, size in lines if size > 0]
+
+
+def program_text(explanation: Explanation) -> list[str]:
+    """What is run, in words; a module that brings its own arguments has neither batch nor context."""
+    size = f"batch {explanation.batch} × context {explanation.context:,}"
+    own = "arguments" in explanation.settings
+    words = [parameters_text(explanation.params), *([] if own else [size]), explanation.dtype]
+    return [word for word in (*words, *settings_text(explanation.settings)) if word]
 
 
 def fit_text(memory: Memory) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rooflight.report import figures
 from rooflight.report.columns import columns
-from rooflight.report.units import format_bytes, format_count, format_percent, format_seconds
+from rooflight.report.units import format_bytes, format_count, format_seconds
 from rooflight.workload.explanation import Explanation, Row
 
 CSV_FIELDS = (
@@ -79,10 +79,7 @@ def to_markdown(explanation: Explanation) -> str:
     totals, memory = explanation.totals, explanation.memory
     facts = [
         ("phase", explanation.phase),
-        ("parameters", figures.parameters_text(explanation.params)),
-        ("batch × context", f"{explanation.batch} × {explanation.context:,}"),
-        ("dtype", explanation.dtype),
-        *((name, str(value)) for name, value in explanation.settings.items()),
+        ("program", " · ".join(figures.program_text(explanation))),
         ("roof", format_seconds(totals.roof_seconds)),
         ("expected", format_seconds(totals.expected_seconds)),
     ]
@@ -96,18 +93,19 @@ def to_markdown(explanation: Explanation) -> str:
     numeric = {index for index, column in enumerate(shown) if column.numeric}
     lines += ["## Where the time goes", ""]
     lines += _table([column.title for column in shown], [*body, [column.total for column in shown]], numeric)
+    for told in figures.fused_text(explanation):
+        lines += ["", _escape(f"{told}.")]
     if explanation.legend:
         lines += ["", _escape("; ".join(f"{name}: {meaning}" for name, meaning in explanation.legend.items()))]
 
-    sizes = [*figures.memory_lines(memory), ("total", memory.total)]
+    sizes = [(line.name, format_bytes(line.most), format_bytes(line.at_peak)) for line in figures.memory_lines(memory)]
+    sizes.append(("total", "", format_bytes(memory.total)))
     if memory.measured_peak is not None:
-        sizes.append(("measured peak", memory.measured_peak))
-    sizes.append(("capacity", memory.capacity))
-    lines += ["", "## Memory", "", *_table(["", "bytes"], [(name, format_bytes(size)) for name, size in sizes], {1})]
-    lines += ["", f"It {figures.fit_text(memory)}."]
-    if memory.at_peak:
-        at_peak = [(name, format_bytes(size)) for name, size in memory.at_peak]
-        lines += ["", *_table([f"at the peak: {memory.peak_label}".rstrip(": "), "bytes"], at_peak, {1})]
+        sizes.append(("measured peak", "", format_bytes(memory.measured_peak)))
+    sizes.append(("capacity", "", format_bytes(memory.capacity)))
+    lines += ["", "## Memory", "", *_table(["", "most", "at the peak"], sizes, {1, 2})]
+    where = f"; the peak is at {memory.peak_label}" if memory.peak_label else ""
+    lines += ["", _escape(f"It {figures.fit_text(memory)}{where}.")]
 
     for _, name, parts in figures.divisions(explanation):
         slices = [
@@ -124,11 +122,7 @@ def to_markdown(explanation: Explanation) -> str:
         lines += ["", "## What would win most", "", *_table(["change", "gain", "why"], gains)]
     if explanation.notes:
         lines += ["", "## Notes", "", *(f"- {_escape(note)}" for note in explanation.notes)]
-    shares = ", ".join(
-        f"{format_percent(share.fraction)} {share.name}" for share in figures.provenance_shares(explanation)
-    )
     lines += ["", "## Where the figures come from", ""]
-    lines += [f"- expected time: {_escape(shares)}"] if shares else []
     lines += [f"- {_escape(name)}: {_escape(source)}" for name, source in explanation.provenance.items()]
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rooflight.report import figures
@@ -39,10 +39,42 @@ class Point:
     measured_seconds: float | None
 
 
-def gather(rows: list[Row]) -> list[Point]:
-    """Rows with arithmetic, bytes and time, merged where only the layer number tells them apart."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+def put_together(rows: list[Row]) -> list[Row]:
+    """Rows with the parts of a fused operation put together again: on the machine it is one kernel and one point."""
+    calls: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
+        calls.setdefault((row.path, row.op, row.phase), []).append(row)
+    return [_together(parts) if len(parts) > 1 else parts[0] for parts in calls.values()]
+
+
+def _together(parts: list[Row]) -> Row:
+    longest = max(parts, key=lambda row: row.expected_seconds)
+    flops = sum(row.flops for row in parts)
+    read, written = sum(row.bytes_read for row in parts), sum(row.bytes_written for row in parts)
+    precisions: dict[str, float] = {}
+    for row in parts:
+        for precision, count in row.flops_by_precision.items():
+            precisions[precision] = precisions.get(precision, 0.0) + count
+    measured = [row.measured_seconds for row in parts if row.measured_seconds is not None]
+    return replace(
+        longest,
+        component=", ".join(dict.fromkeys(row.component for row in parts)),
+        flops=flops,
+        flops_by_precision=precisions,
+        bytes_read=read,
+        bytes_written=written,
+        intensity=flops / (read + written) if read + written else 0.0,
+        roof_seconds=sum(row.roof_seconds for row in parts),
+        expected_seconds=sum(row.expected_seconds for row in parts),
+        measured_seconds=sum(measured) if len(measured) == len(parts) else None,
+        formula="",
+    )
+
+
+def gather(rows: list[Row]) -> list[Point]:
+    """Operations with arithmetic, bytes and time, merged where only the layer number tells them apart."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in put_together(rows):
         if _has_a_place(row):
             spot = (f"{row.flops:.5g}", f"{row.intensity:.5g}", f"{row.expected_seconds:.3g}")
             key = (figures.without_indices(row.path), row.op, row.phase, row.bound, *spot)
@@ -68,7 +100,9 @@ def _has_a_place(row: Row) -> bool:
 
 def placeless(explanation: Explanation) -> list[Row]:
     """Operations that take time and have no place on logarithmic axes: copies, gathers, collectives."""
-    return [row for row in figures.finest(explanation) if not _has_a_place(row) and row.expected_seconds > 0]
+    return [
+        row for row in put_together(figures.finest(explanation)) if not _has_a_place(row) and row.expected_seconds > 0
+    ]
 
 
 def roofline(explanation: Explanation) -> Chart:

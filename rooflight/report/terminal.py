@@ -66,12 +66,6 @@ def _header(explanation: Explanation, ink: Ink, width: int) -> RenderableType:
     totals, facts = explanation.totals, explanation.machine
     title = ink.text(explanation.model, "bold")
     title.append(ink.clean(f" on {facts.title or facts.name} · {explanation.phase}"))
-    about = [
-        figures.parameters_text(explanation.params),
-        f"batch {explanation.batch} × context {explanation.context:,}",
-        explanation.dtype,
-        *figures.settings_text(explanation.settings),
-    ]
     gap = figures.headroom(totals.roof_seconds, totals.expected_seconds)
     times = [
         f"roof {format_seconds(totals.roof_seconds)}",
@@ -82,7 +76,11 @@ def _header(explanation: Explanation, ink: Ink, width: int) -> RenderableType:
         told = f" (prediction {100 * error:+.1f}%)" if error is not None else ""
         times.append(f"measured {format_seconds(totals.measured_seconds)}{told}")
     shares = [f"{share.name} {format_percent(share.fraction)}" for share in figures.bound_shares(explanation)]
-    lines: list[RenderableType] = [title, ink.flow(about, width, "dim"), ink.flow(times, width, "bold")]
+    lines: list[RenderableType] = [
+        title,
+        ink.flow(figures.program_text(explanation), width, "dim"),
+        ink.flow(times, width, "bold"),
+    ]
     if shares:
         lines.append(ink.flow([f"bound by {shares[0]}", *shares[1:]], width))
     return Group(*lines)
@@ -97,6 +95,7 @@ def _table(explanation: Explanation, ink: Ink, width: int) -> RenderableType:
     titles = [column.title for column in left_out if column.title and column.key != "formula"]
     if titles:
         parts.append(ink.text(f"not shown at this width: {', '.join(titles)}", "dim"))
+    parts += [ink.text(told, "dim") for told in figures.fused_text(explanation)]
     if any(column.key == "formula" for column in left_out):
         parts += _formulas(explanation, left_out, ink)
     if explanation.legend:
@@ -136,16 +135,15 @@ def _memory_and_divisions(explanation: Explanation, ink: Ink, width: int) -> Ren
 
 def _memory(explanation: Explanation, ink: Ink) -> RenderableType:
     memory = explanation.memory
-    table = plain_table(ink, ("Memory", False), ("bytes", True), ("capacity", True))
+    table = plain_table(ink, ("Memory", False), ("most", True), ("at the peak", True), ("capacity", True))
 
-    def add(name: str, size: float, style: str = "") -> None:
+    def add(name: str, size: float, style: str = "", most: str = "") -> None:
         fraction = size / memory.capacity if memory.capacity > 0 else None
-        table.add_row(
-            ink.text(name), ink.text(format_bytes(size)), ink.text(format_percent(fraction)), style=style or None
-        )
+        cells = (name, most, format_bytes(size), format_percent(fraction))
+        table.add_row(*map(ink.text, cells), style=style or None)
 
-    for name, size in figures.memory_lines(memory):
-        add(name, size)
+    for line in figures.memory_lines(memory):
+        add(line.name, line.at_peak, most=format_bytes(line.most))
     table.add_section()
     add("total", memory.total, "bold")
     if memory.measured_peak is not None:
@@ -155,9 +153,8 @@ def _memory(explanation: Explanation, ink: Ink) -> RenderableType:
         table,
         ink.text(figures.fit_text(memory), "bold green" if memory.fits else "bold red"),
     ]
-    if memory.peak_label or memory.at_peak:
-        lines.append(ink.text(f"peak at {memory.peak_label}; there stand:" if memory.peak_label else "at the peak:"))
-        lines += [ink.text(f"  {format_bytes(size):>9}  {name}") for name, size in memory.at_peak]
+    if memory.peak_label:
+        lines.append(ink.text(f"peak at {memory.peak_label}"))
     return Group(*lines)
 
 
@@ -194,10 +191,7 @@ def _notes(explanation: Explanation, ink: Ink) -> RenderableType | None:
 
 
 def _provenance(explanation: Explanation, ink: Ink) -> RenderableType:
-    shares = [f"{format_percent(share.fraction)} {share.name}" for share in figures.provenance_shares(explanation)]
     lines: list[RenderableType] = [Text("Where the figures come from", style="bold")]
-    if shares:
-        lines.append(ink.text(f"expected time: {', '.join(shares)}"))
     lines += [_hanging("-", ink.text(f"{name}: {source}")) for name, source in explanation.provenance.items()]
     return Group(*lines)
 

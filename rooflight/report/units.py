@@ -101,6 +101,14 @@ def format_percent(fraction: float | None) -> str:
     return f"{100 * fraction:.1f}%" if abs(fraction) < 0.0995 and fraction else f"{100 * fraction:.0f}%"
 
 
+def binary_axis(largest_bytes: float) -> tuple[float, str]:
+    """Divisor and unit for an axis of bytes whose largest is given: `(1073741824, "GiB")`."""
+    index = 0
+    while largest_bytes >= 1024 ** (index + 1) and index < len(_BINARY) - 1:
+        index += 1
+    return float(1024**index), _BINARY[index]
+
+
 def time_axis(largest_seconds: float) -> tuple[float, str]:
     """Factor and unit for an axis of times whose largest is given: `(1000.0, "ms")`."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):

@@ -6,44 +6,19 @@ Nothing here is a rule of thumb: every gain is the difference between two predic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from rooflight.hardware.machine import Machine
-from rooflight.models.config import ModelConfig
 from rooflight.ops.cost import Primitive
-from rooflight.workload.explanation import Advice, Memory
-from rooflight.workload.memory import over_time
-from rooflight.workload.program import DTYPES, Setting
+from rooflight.workload import split
+from rooflight.workload.case import Case
+from rooflight.workload.explanation import Advice
 from rooflight.workload.record import Record
 from rooflight.workload.roofline import Timed, time_walk
-from rooflight.workload.walk import Walk
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 _WORTH = 0.005  # of the step's time or memory: less is not worth a line
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is being explained, and how to predict a variant of it."""
-
-    config: ModelConfig
-    setting: Setting
-    machine: Machine
-    graph: bool
-    timed: Timed
-    memory: Memory
-    predict: Callable[[ModelConfig, Setting], Walk]
-
-    def variant(self, config: ModelConfig, setting: Setting) -> tuple[float, float]:
-        """Expected seconds and peak bytes of the changed program."""
-        walk = self.predict(config, setting)
-        timed = time_walk(walk, self.machine, graph=self.graph)
-        return timed.expected_seconds, over_time(walk, self.memory.capacity).total
-
-    def gain(self, change: str, why: str, config: ModelConfig, setting: Setting) -> Advice:
-        seconds, size = self.variant(config, setting)
-        return Advice(change, self.timed.expected_seconds - seconds, self.memory.total - size, why)
 
 
 def advise(case: Case) -> list[Advice]:
@@ -53,7 +28,8 @@ def advise(case: Case) -> list[Advice]:
         saves_time = advice.saves_seconds > _WORTH * case.timed.expected_seconds
         saves_memory = advice.saves_bytes > _WORTH * case.memory.total
         tight = case.memory.total > 0.8 * case.memory.capacity
-        if saves_time or (saves_memory and (tight or advice.saves_seconds >= 0)):
+        makes_fit = not case.memory.fits and case.memory.total - advice.saves_bytes <= case.memory.capacity
+        if saves_time or makes_fit or (saves_memory and (tight or advice.saves_seconds >= 0)):
             found.append(advice)
     return sorted(found, key=lambda advice: (-advice.saves_seconds, -advice.saves_bytes))
 
@@ -72,7 +48,9 @@ def _candidates(case: Case) -> Iterator[Advice]:
     else:
         yield from _training(case)
     yield from fusion(case.timed, case.machine)
-    yield from _ranks(case)
+    yield from split.tensor(case)
+    if not case.memory.fits:
+        yield from split.until_it_fits(case)
 
 
 def _inference(case: Case) -> Iterator[Advice]:
@@ -201,7 +179,7 @@ def fusion(timed: Timed, machine: Machine) -> Iterator[Advice]:
             f"fuse {chains:,} chains of norms and elementwise operations",
             saved_seconds,
             0.0,
-            f"{saved_bytes:.3g} bytes that one operation writes and only the next one reads stay on the chip",
+            f"{saved_bytes / 2**20:,.1f} MiB that one operation writes and only the next one reads stay on the chip",
         )
     yield from _shared_inputs(timed, machine)
 
@@ -217,7 +195,8 @@ def _chains(records: list[Record]) -> Iterator[list[int]]:
     for index, record in enumerate(records):
         if chain:
             passed = set(records[chain[-1]].outputs) & set(record.inputs)
-            if record.cost.primitive in light and any(readers.get(storage, 0) == 1 for storage in passed):
+            alone = any(readers.get(storage, 0) == 1 for storage in passed)
+            if alone and record.cost.primitive in light and record.phase != "optimizer":
                 chain.append(index)
                 continue
             if len(chain) > 1:
@@ -261,38 +240,4 @@ def _shared_inputs(timed: Timed, machine: Machine) -> Iterator[Advice]:
             saved,
             0.0,
             "the input is read once, and one wider product fills the machine better than several narrow ones",
-        )
-
-
-def _ranks(case: Case) -> Iterator[Advice]:
-    """Tensor parallelism over the ranks of the fastest link: the work of one rank, plus its all-reduces."""
-    config, machine = case.config, case.machine
-    for ranks in (2, 8):
-        fits = [link for link in machine.links.values() if link.domain >= ranks]
-        divides = all(n % ranks == 0 for n in (config.heads, config.ffn_width, config.vocab_size))
-        if not fits or not divides or config.latent is not None or config.moe is not None:
-            continue
-        part = replace(
-            config,
-            heads=config.heads // ranks,
-            kv_heads=max(1, config.kv_heads // ranks),
-            ffn_width=config.ffn_width // ranks,
-            vocab_size=config.vocab_size // ranks,
-            attention_scale=config.scale,
-        )
-        if part.heads % part.kv_heads:
-            continue
-        seconds, size = case.variant(part, case.setting)
-        link = machine.link_for(ranks)
-        query = 1 if case.setting.phase == "decode" else case.setting.context
-        message = case.setting.batch * query * config.width * DTYPES[case.setting.dtype].itemsize
-        # Megatron (1909.08053): two all-reduces a layer forward, two more backward; ring time as in docs.
-        reduces = len(config.layers) * (4 if case.setting.phase == "train" else 2)
-        ring = 2 * ((ranks - 1) * link.latency_seconds + (ranks - 1) / ranks * message / link.bandwidth_bytes_per_s)
-        yield Advice(
-            f"split over {ranks} ranks (tensor parallel, {link.name})",
-            case.timed.expected_seconds - seconds - reduces * ring,
-            case.memory.total - size,
-            f"each rank does 1/{ranks} of the products and pays {reduces} all-reduces of {message:,} bytes, "
-            f"{reduces * ring * 1e3:.3g} ms altogether, none of them hidden",
         )

@@ -24,10 +24,12 @@ from rooflight.workload import program as programs
 from rooflight.workload import walk as walks
 from rooflight.workload.program import Setting
 from rooflight.workload.record import Record, wall_clock
+from rooflight.workload.roofline import BETWEEN_INFERENCE, BETWEEN_TRAINING
 
 # Operations whose weights or cache a real step reads from memory, not from the cache that a repeat would leave them in.
 _COLD = frozenset({"linear", "head_linear", "grouped_linear", "linear_input_grad", "paged_attention", "gather_kv"})
 _CPU_RUNS = 5
+_TINY_RUNS = 20
 _SOURCE_RUN_SECONDS = 6.0  # a single wet run longer than this would eat the budget
 
 
@@ -108,6 +110,8 @@ def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
 def operation_samples(timer: Timer) -> list[Sample]:
     """Samples of every operation that decoders run, in all phases, within what is left of the timer's budget."""
     found: dict[tuple[Any, ...], Sample] = {}
+    for sample in _between(timer.device):
+        found[(sample.curve, sample.precision, sample.size, 0)] = sample
     began = timer.remaining
     done = 0
     for trial in _trials(timer.device):
@@ -121,6 +125,34 @@ def operation_samples(timer: Timer) -> list[Sample]:
         done += 1
     timer.say(f"operations: {len(found)} samples from {done} trials")
     return list(found.values())
+
+
+def _between(device: torch.device) -> Iterator[Sample]:
+    """Python between operations, from decoders too small for anything else to take time.
+
+    The run's time less its calls' own, over the number of calls: module calls, autograd, the walk over the layers.
+    """
+    tiny = _decoder(64, 4, 2, 128, 256, layers=same_layers(8, 0, Rope(10000.0, 16)))
+    for curve, phase in ((BETWEEN_INFERENCE, "decode"), (BETWEEN_TRAINING, "train")):
+        program = _build(Trial(tiny, Setting(phase, 2, 16, "bf16")), device)
+        for _ in range(3):
+            program.step(None)
+        wholes, traces = [], []
+        for _ in range(_TINY_RUNS):
+            _wait(device)
+            start = wall_clock()
+            program.step(None)
+            _wait(device)
+            wholes.append(wall_clock() - start)
+            traces.append([record.seconds or 0.0 for record in walks.record(program, clock=wall_clock).trace.records])
+        calls = [statistics.median(column) for column in zip(*traces, strict=True)]
+        between = max(statistics.median(wholes) - sum(calls), 0.0) / len(calls)
+        yield Sample(curve, "any", (len(calls),), {}, 0.0, max(between, 1e-9))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _build(trial: Trial, device: torch.device) -> programs.Program:

@@ -6,18 +6,28 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from rooflight.errors import InvalidValue, RooflightError
 from rooflight.hardware.machine import Machine
 from rooflight.models.config import ModelConfig
 from rooflight.models.count import parameter_counts
+from rooflight.ops.cost import PRECISIONS
 from rooflight.workload import advice as advices
 from rooflight.workload import formulas, program, rows, walk
+from rooflight.workload.align import align
+from rooflight.workload.case import Case
 from rooflight.workload.explanation import Explanation, MachineFacts, Row, Totals
 from rooflight.workload.memory import over_time
+from rooflight.workload.parts import name_parts
 from rooflight.workload.program import Program, Setting
+from rooflight.workload.record import tensors_in
 from rooflight.workload.roofline import PROVENANCES, Timed, time_walk
 
 _NOT_SHOWN = ("phase", "batch", "context", "dtype", "text")
+_OF_TRAINING = ("recompute", "optimizer")
+_OF_MODULES = (("launch",), ("launch", "optimizer"))  # settings that reach a module that is not ours: dry, and training
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ def explain_decoder(
     timed = time_walk(predict(config, setting), machine, graph=_uses_graph(machine, setting))
     result = _assemble(name, machine, setting, timed, by, measured)
     result.params = parameter_counts(config)
-    result.advice = advices.advise(advices.Case(config, setting, machine, timed.graph, timed, result.memory, predict))
+    result.advice = advices.advise(Case(config, setting, machine, timed.graph, timed, result.memory, predict))
     _write_formulas(result, config, setting)
     return result
 
@@ -94,12 +104,52 @@ def explain_module(
     measured: Measured | None = None,
 ) -> Explanation:
     """The explanation of any torch module on its example arguments; `factory` makes its program on fake tensors."""
-    timed = time_walk(walk.dry(factory), machine, graph=False)
+    programs: list[Program] = []
+
+    def build() -> Program:
+        programs.append(factory())
+        return programs[-1]
+
+    walked = walk.dry(build)
+    module, example = programs[-1].module, programs[-1].example
+    name_parts(walked.trace.records, module)
+    timed = time_walk(walked, machine, graph=False)
+    if measured is not None:
+        names = [walked.trace.records[step.record].name for step in walked.steps]
+        seconds, told = align(names, measured.names, measured.seconds)
+        if told:
+            measured = replace(measured, names=names, seconds=seconds, notes=[*measured.notes, *told])
+    setting = replace(setting, dtype=_dtype_of(module, example))
     result = _assemble(name, machine, setting, timed, by, measured)
+    result.params = _parameters(module)
+    result.settings = {"arguments": _written(example)} | {
+        key: value for key, value in result.settings.items() if key in _OF_MODULES[setting.phase == "train"]
+    }
     result.advice = [
         advice for advice in advices.fusion(timed, machine) if advice.saves_seconds > 0.005 * timed.expected_seconds
     ]
     return result
+
+
+def _parameters(module: nn.Module) -> dict[str, int]:
+    """Parameters of any module, shared ones once; all count as active, for which are used depends on the data."""
+    total = sum(p.numel() for p in module.parameters())
+    tables = {id(m.weight): m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    return {"total": total, "active": total, "embedding": sum(w.numel() for w in tables.values())}
+
+
+def _dtype_of(module: nn.Module, example: Any) -> str:
+    """What most of a module's parameters are stored in, else the first of its arguments."""
+    sizes: dict[torch.dtype, int] = {}
+    for p in module.parameters():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+    most = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next((t.dtype for t in tensors_in(example)), None)
+    return PRECISIONS.get(most, str(most).removeprefix("torch.")) if most is not None else ""
+
+
+def _written(example: Any) -> str:
+    """Example arguments by type and shape: int64 [2, 64], float32 [2, 8]."""
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors_in(example)) or "none"
 
 
 def _assemble(
@@ -116,7 +166,8 @@ def _assemble(
     memory = over_time(timed.walk, machine.memory_bytes.value)
     memory.measured_peak = wet.peak_bytes if wet is not None else None
     primitives, access, movement = rows.divisions(all_pieces)
-    settings = {key: value for key, value in asdict(setting).items() if key not in _NOT_SHOWN and value is not None}
+    hidden = _NOT_SHOWN if setting.phase == "train" else (*_NOT_SHOWN, *_OF_TRAINING)
+    settings = {key: value for key, value in asdict(setting).items() if key not in hidden and value is not None}
     return Explanation(
         model=name,
         machine=_facts(machine),
@@ -187,9 +238,8 @@ def _residuals(points: list[Row], most: int = 3) -> list[str]:
     for (op, phase), found in ranked[:most]:
         measured = sum(row.measured_seconds or 0.0 for row in found)
         sources = ", ".join(dict.fromkeys(row.provenance for row in found))
-        lines.append(
-            f"{op} ({phase}) {sum(off(row) for row in found) * 1e3:+.3g} ms of {measured * 1e3:.3g} ms measured, {sources}"
-        )
+        residual = sum(off(row) for row in found)
+        lines.append(f"{op} ({phase}) {residual * 1e3:+.3g} ms of {measured * 1e3:.3g} ms measured, {sources}")
     return ["largest residuals, predicted less measured: " + "; ".join(lines)] if lines else []
 
 
@@ -201,28 +251,30 @@ def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, 
     division = ", ".join(f"{share / total:.0%} {name}" for name, share in shares.items() if share)
     return {
         "roof": f"datasheet peaks and bandwidth of {machine.title}",
-        "expected": f"{division} (by expected time); samples: {machine.samples_source or 'none of this machine'}",
+        "expected": f"{division} (by expected time); samples: {machine.samples_source or _borrowed(machine)}",
         "flops and bytes": "counted from the operations that the model itself ran on fake tensors",
         "launch": "nodes of a CUDA graph" if timed.graph else "eager launches",
     }
 
 
+def _borrowed(machine: Machine) -> str:
+    """Where efficiencies come from on a machine that nobody has measured."""
+    reference = machine.reference
+    return f"none of this machine, those of {reference.title} at the same work" if reference else "none of this machine"
+
+
 def _write_formulas(result: Explanation, config: ModelConfig, setting: Setting) -> None:
-    written = formulas.component_formulas(config, replace(setting, text=None))
-    for row in (*result.rows, *result.components):
+    found = formulas.terms(config, setting)
+    written = formulas.grouped(found, "component")
+    for row in result.components:
         row.formula = written.get(row.component, "")
+    names = {"component": "component", "op": "op", "primitive": "path"}
+    if result.by in names:
+        by = written if result.by == "component" else formulas.grouped(found, result.by)
+        for row in result.rows:
+            row.formula = by.get(getattr(row, names[result.by]), "")
     used = "".join(written.values())
     result.legend = {name: what for name, what in formulas.LEGEND.items() if name[0] in used}
 
 
-def fake_module_program(make: Callable[[], tuple[Any, tuple[Any, ...]]], setting: Setting) -> Callable[[], Program]:
-    """A factory's module as a program on fake tensors: made there, so that it never takes memory."""
-
-    def build() -> Program:
-        module, args = make()
-        return program.any_module(module, args, setting)
-
-    return build
-
-
-__all__ = ["Measured", "check_setting", "explain_decoder", "explain_module", "fake_module_program"]
+__all__ = ["Measured", "check_setting", "explain_decoder", "explain_module"]

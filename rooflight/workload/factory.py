@@ -1,6 +1,6 @@
 """Any torch module by the name of its factory: `package.module:factory` or `file.py:factory`.
 
-The factory takes nothing and returns (module, example arguments).
+The factory takes nothing and returns (module, example arguments): a tuple of arguments, or a dict of named ones.
 """
 
 from __future__ import annotations
@@ -8,18 +8,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from rooflight.errors import InvalidValue, RooflightError, UntraceableModule
+from rooflight.workload.untraceable import cause
 
-Factory = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+Arguments = tuple[Any, ...] | dict[str, Any]
+Made = tuple[nn.Module, Arguments]
+Factory = Callable[[], Made]
 
 
 def is_factory(name: str) -> bool:
@@ -28,30 +32,63 @@ def is_factory(name: str) -> bool:
     return bool(place) and attribute.isidentifier()
 
 
-def load_factory(name: str) -> Factory:
+def load_factory(name: str, dtype: torch.dtype | None = None) -> Factory:
     """The factory behind a name, checked on each call to return a module and its arguments.
 
+    dtype: what the module and its floating-point arguments are cast to; None leaves them as the factory made them.
+    A module under torch.compile is taken as it was before: its operations are priced and run one by one.
     Raises InvalidValue where the file, the module or the attribute is not there, or gives something else.
     """
     place, _, attribute = name.rpartition(":")
     module = _import(name, place)
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        known = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
-        raise InvalidValue(
-            f"model {name!r}: {place} has no function {attribute!r}; it has {', '.join(known) or 'none'}"
-        )
+        known = ", ".join(_own_functions(module)) or "none"
+        raise InvalidValue(f"model {name!r}: {place} has no function {attribute!r}; it has {known}")
 
-    def make() -> tuple[nn.Module, tuple[Any, ...]]:
+    def make() -> Made:
         made = factory()
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+            kind = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
             raise InvalidValue(
-                f"model {name!r}: the factory returned {type(made).__name__}; it must return (module, example_args)"
+                f"model {name!r}: the factory returned {kind}; it must return (module, example_args), "
+                "where example_args is a tuple, or a dict of named arguments"
             )
-        args = made[1]
-        return made[0], tuple(args) if isinstance(args, tuple | list) else (args,)
+        made_module, args = _uncompiled(made[0]), _arguments(made[1])
+        if dtype is None:
+            return made_module, args
+        return made_module.to(dtype), tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, args)
 
     return make
+
+
+def _own_functions(module: Any) -> list[str]:
+    """What a module defines itself and could be meant as a factory; what it imported could not."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and callable(value)
+        and not isinstance(value, type)
+        and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def _arguments(given: Any) -> Arguments:
+    if isinstance(given, Mapping):
+        return dict(given)
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module as it was before torch.compile, which does not run under a recorder."""
+    module = getattr(module, "_orig_mod", module)
+    for child in module.modules():
+        child._compiled_call_impl = None
+        for name, inner in child._modules.items():
+            if inner is not None:
+                child._modules[name] = getattr(inner, "_orig_mod", inner)
+    return module
 
 
 def _import(name: str, place: str) -> Any:
@@ -65,6 +102,8 @@ def _import(name: str, place: str) -> Any:
                 raise InvalidValue(f"model {name!r}: {place} is not a Python file")
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
+            # A file finds its neighbours, as when it is run.
+            sys.path.insert(0, str(path.resolve().parent))
             spec.loader.exec_module(module)
             return module
         if "" not in sys.path:
@@ -73,30 +112,51 @@ def _import(name: str, place: str) -> Any:
     except RooflightError:
         raise
     except Exception as error:
-        raise InvalidValue(f"model {name!r}: {place} does not import: {type(error).__name__}: {error}") from error
+        raise InvalidValue(f"model {name!r}: {place} does not import: {cause(error)}") from error
 
 
-def fake(make: Factory) -> tuple[nn.Module, tuple[Any, ...]]:
+def fake(make: Factory) -> Made:
     """The factory's module on fake tensors; call inside `walk.fake_tensors()`.
 
-    It is made there, so that it never takes memory. A factory that needs values is run for real, its tensors replaced.
+    It is made there, so that it never takes memory, and on the CPU, for the machine to predict is another matter. A
+    factory that needs values is run for real, its tensors replaced.
+    Raises UntraceableModule where it fails both ways, or leaves parameters without a shape.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     try:
-        module, args = make()
+        with _OnTheCpu():
+            module, args = make()
     except RooflightError:
         raise
     except Exception:
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), _OnTheCpu():
             try:
                 module, args = make()
             except RooflightError:
                 raise
             except Exception as error:
-                raise UntraceableModule(
-                    f"the factory failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                ) from error
+                raise UntraceableModule(f"the factory failed: {cause(error)}") from error
+    lazy = [name for name, p in module.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise UntraceableModule(
+            f"parameter {lazy[0]} has no shape yet: call the module once on its example arguments in the factory"
+        )
     return _all_fake(module, mode), tree_map_only(Tensor, lambda t: _to_fake(t, mode), args)
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """Inside, what asks for a GPU gets the CPU: a factory written for a GPU is priced on a machine that has none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cuda:
+            return args[0]
+        return func(*tree_map(_cpu_device, args), **tree_map(_cpu_device, kwargs or {}))
+
+
+def _cpu_device(value: Any) -> Any:
+    if isinstance(value, str) and (value == "cuda" or value.startswith("cuda:")):
+        return "cpu"
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
 
 
 def _to_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

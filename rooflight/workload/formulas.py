@@ -7,7 +7,7 @@ F feed-forward width · V vocabulary; what else a model fixes (experts, ranks, w
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import sympy
@@ -70,19 +70,30 @@ def _symbolic(config: ModelConfig, setting: programs.Setting, symbols: _Symbols)
     return named, replace(setting, batch=symbols.size("B", max(setting.batch, 3)), context=context)
 
 
-def component_formulas(config: ModelConfig, setting: programs.Setting) -> dict[str, str]:
-    """FLOPs of each report component, and of the whole under "total", as formulas of the sizes in LEGEND."""
+@dataclass(frozen=True, slots=True)
+class Term:
+    """FLOPs of one record, or of one part of a fused one, over the whole model."""
+
+    component: str
+    op: str
+    primitive: str
+    flops: sympy.Expr
+
+
+def terms(config: ModelConfig, setting: programs.Setting) -> list[Term]:
+    """Every record's FLOPs as expressions of the sizes in LEGEND, the optimizer's left out.
+
+    The optimizer walks parameters, not tokens: its work is a multiple of the parameter count.
+    """
     symbols = _Symbols()
     folded, counts = config.folded()
-    named, symbolic = _symbolic(folded, setting, symbols)
-    # The optimizer walks parameters, not tokens: its work is a multiple of the parameter count, said elsewhere.
-    symbolic = replace(symbolic, optimizer="none")
+    named, symbolic = _symbolic(folded, replace(setting, text=None, optimizer="none"), symbols)
     walk = walks.dry(lambda: _one_each(named, symbolic), symbols.env)
-    layers = sympy.Symbol("L", positive=True, integer=True)
     repeats: list[Any] = list(counts)
     if len(counts) == 2:
-        repeats = [sympy.Integer(1), layers - 1]
-    sums: dict[str, sympy.Expr] = {}
+        # One kind of layer, the first of them apart: then their number is a symbol too.
+        repeats = [sympy.Integer(1), sympy.Symbol("L", positive=True, integer=True) - 1]
+    found = []
     for record in walk.trace.records:
         layer = walks.layer_of(record.path)
         repeat = repeats[layer] if layer is not None else 1
@@ -90,10 +101,23 @@ def component_formulas(config: ModelConfig, setting: programs.Setting) -> dict[s
             (component_of(record), record.cost.flops)
         ]
         for component, flops in pieces:
-            for count in flops.values():
-                term = symbols.expression(count) * repeat
-                sums[component] = sums.get(component, sympy.Integer(0)) + term
-    return {name: write(expression) for name, expression in sums.items() if expression != 0}
+            whole = sum((symbols.expression(count) * repeat for count in flops.values()), sympy.Integer(0))
+            found.append(Term(component, record.name, str(record.cost.primitive), whole))
+    return found
+
+
+def grouped(found: list[Term], by: str) -> dict[str, str]:
+    """Written formulas of the terms summed by `component`, `op` or `primitive`; a sum of zero is left out."""
+    sums: dict[str, sympy.Expr] = {}
+    for term in found:
+        key = getattr(term, by)
+        sums[key] = sums.get(key, sympy.Integer(0)) + term.flops
+    return {key: write(expression) for key, expression in sums.items() if expression != 0}
+
+
+def component_formulas(config: ModelConfig, setting: programs.Setting) -> dict[str, str]:
+    """FLOPs of each report component as formulas of the sizes in LEGEND."""
+    return grouped(terms(config, setting), "component")
 
 
 def _one_each(config: ModelConfig, setting: programs.Setting) -> programs.Program:

@@ -5,7 +5,7 @@ Legend: B sequences  T tokens  M blocks a sequence  N blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ from rooflight.models.transformer import Transformer
 from rooflight.ops import batch as batches
 from rooflight.ops.optimizer import AdamW
 from rooflight.ops.sampling import greedy
-from rooflight.workload.record import OPTIMIZER, Recorder, tensors_in
+from rooflight.workload.outputs import differentiable
+from rooflight.workload.record import BACKWARD, OPTIMIZER, Recorder
 
 PHASES = ("prefill", "decode", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,12 +55,14 @@ class Program:
 
     standing: what is there before the step, by kind, each piece with how often it stands in the whole model.
     order: for each layer of the whole, the layer of `module` that stands for it.
+    example: the arguments of a module that is not ours.
     """
 
     module: nn.Module
     step: Callable[[Recorder | None], Any]
     standing: dict[str, list[tuple[Any, int]]] = field(default_factory=dict)
     order: tuple[int, ...] = ()
+    example: Any = ()
 
 
 @contextmanager
@@ -219,7 +222,7 @@ def training(
         if recorder is not None:
             recorder.label([p.grad for p in trained], "gradients")
         if optimizer is not None:
-            with optimizer_phase(recorder):
+            with _phase(recorder, OPTIMIZER):
                 optimizer.step()
         # A run repeats the step from where it began: gradients are made afresh, as after zero_grad.
         for p in trained:
@@ -233,12 +236,12 @@ def training(
 
 
 @contextmanager
-def optimizer_phase(recorder: Recorder | None) -> Iterator[None]:
-    """Mark what happens inside as the optimizer's."""
+def _phase(recorder: Recorder | None, name: str) -> Iterator[None]:
+    """Mark what happens inside as belonging to a phase."""
     if recorder is None:
         yield
         return
-    with recorder.phase(OPTIMIZER):
+    with recorder.phase(name):
         yield
 
 
@@ -259,8 +262,12 @@ def decoder(
     return program
 
 
-def any_module(module: nn.Module, args: tuple[Any, ...], setting: Setting) -> Program:
-    """Forward of any module on its example arguments; with phase train also backward of the outputs' sum, optimizer."""
+def any_module(module: nn.Module, args: tuple[Any, ...] | dict[str, Any], setting: Setting) -> Program:
+    """Forward of any module on its example arguments, in evaluation mode as inference is.
+
+    With phase train the module stays in the mode that its factory left it in, and backward and optimizer follow: of the
+    loss where the output has one, else of the sum of all its floating-point outputs.
+    """
     if setting.phase == "decode":
         raise InvalidValue(
             "phase decode needs a decoder with a KV cache; for a module of your own use prefill or train"
@@ -269,20 +276,30 @@ def any_module(module: nn.Module, args: tuple[Any, ...], setting: Setting) -> Pr
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = make_optimizer(setting.optimizer, trained) if train and trained else None
     states = _states(optimizer)
+    if not train:
+        module.eval()
+
+    def call() -> Any:
+        return module(**args) if isinstance(args, dict) else module(*args)
 
     def step(recorder: Recorder | None = None) -> Any:
         if not train:
             with torch.no_grad():
-                return module(*args)
-        out = module(*args)
-        floats = [t for t in tensors_in(_plain(out)) if t.is_floating_point() and t.requires_grad]
-        if not floats:
-            raise InvalidValue("phase train: the module's outputs carry no gradient; use --phase prefill")
-        torch.autograd.backward(floats, [torch.ones_like(t) for t in floats])
+                return call()
+        out = call()
+        ends = differentiable(out)
+        if not ends:
+            raise InvalidValue(
+                f"phase train: none of the tensors in the module's output ({type(out).__name__}) carries a gradient; "
+                "return one that does, or use --phase prefill"
+            )
+        with _phase(recorder, BACKWARD):
+            seeds = [torch.ones_like(end) for end in ends]
+        torch.autograd.backward(ends, seeds)
         if recorder is not None:
             recorder.label([p.grad for p in trained], "gradients")
         if optimizer is not None:
-            with optimizer_phase(recorder):
+            with _phase(recorder, OPTIMIZER):
                 optimizer.step()
         for p in trained:
             p.grad = None
@@ -293,15 +310,4 @@ def any_module(module: nn.Module, args: tuple[Any, ...], setting: Setting) -> Pr
         "optimizer": [(states, 1)],
         "inputs": [([args, list(module.buffers())], 1)],
     }
-    return Program(module, step, standing)
-
-
-def _plain(output: Any) -> Any:
-    """Outputs that are dataclasses or mappings of a library's own kind as a plain list of their values."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        return list(output.values())
-    if hasattr(output, "__dataclass_fields__"):
-        return [getattr(output, name) for name in output.__dataclass_fields__]
-    return output
+    return Program(module, step, standing, example=args)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rooflight.hardware.machine import Machine
-from rooflight.workload.record import Record
+from rooflight.workload.record import BACKWARD, Record
 from rooflight.workload.walk import Walk
 
+BETWEEN_INFERENCE, BETWEEN_TRAINING = "between.inference", "between.training"
 # From the surest to the least sure.
 PROVENANCES = ("measured", "interpolated", "extrapolated", "datasheet")
 
@@ -27,12 +27,22 @@ class Priced:
 
 
 def launch_times(machine: Machine) -> dict[str, float]:
-    """Median seconds that the host needs to launch each operation eagerly, where that was measured (GPUs)."""
-    seen: dict[str, list[float]] = {}
+    """Least seconds that the host needed to launch each operation eagerly, where that was measured (GPUs).
+
+    The least, for a launch does not grow with the work, but a full queue makes the host wait for the device.
+    """
+    seen: dict[str, float] = {}
     for sample in machine.samples:
         if sample.host_seconds is not None:
-            seen.setdefault(sample.curve, []).append(sample.host_seconds)
-    return {curve: statistics.median(values) for curve, values in seen.items()}
+            seen[sample.curve] = min(sample.host_seconds, seen.get(sample.curve, sample.host_seconds))
+    return seen
+
+
+def between_seconds(walk: Walk, machine: Machine) -> float:
+    """Seconds of Python between two operations, module calls and autograd, where this machine was probed for it."""
+    training = any(record.phase == BACKWARD for record in walk.trace.records)
+    curve = BETWEEN_TRAINING if training else BETWEEN_INFERENCE
+    return next((sample.seconds for sample in machine.samples if sample.curve == curve), 0.0)
 
 
 def price(record: Record, machine: Machine, launches: Mapping[str, float], *, graph: bool) -> Priced:
@@ -87,16 +97,19 @@ def time_walk(walk: Walk, machine: Machine, *, graph: bool) -> Timed:
     """Lay the run on two lanes: the host launches in order, the device works in order and waits for a late launch.
 
     What a step adds to the device lane, waiting included, is its time; a step that mostly waited is bound by launch.
+    Python between operations delays the next launch; on a CPU, where both lanes are one, it is part of the step.
     """
     launches = launch_times(machine)
     priced = [price(record, machine, launches, graph=graph) for record in walk.trace.records]
+    between = 0.0 if graph else between_seconds(walk, machine)
     seconds, bounds = [], []
     host = device = 0.0
     for step in walk.steps:
         item = priced[step.record]
-        host += item.host_seconds
+        host += item.host_seconds + between
         before = device
-        device = max(device, host) + item.kernel_seconds
+        device = device + between if machine.kind == "cpu" else max(device, host)
+        device += item.kernel_seconds
         seconds.append(device - before)
         waited = device - before - item.kernel_seconds
         floor = item.kernel_seconds <= 2 * machine.floor_seconds and item.roof_seconds < item.kernel_seconds / 2

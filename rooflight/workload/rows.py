@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from rooflight.workload.record import Record
 from rooflight.workload.roofline import Timed, least_sure, weights_of_parts
 from rooflight.workload.walk import general_path
 
+_FIRST_INDEX = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
 GROUPINGS = ("component", "layer", "op", "primitive")
 COMPONENTS = (
     "embedding",
@@ -63,6 +65,9 @@ _BY_OPERATION = {
     "sample": "sampling",
 }
 
+# What runs outside of every module: the gradient that a backward starts from, the last tokens that go to the head.
+_OUTSIDE = {"aten.ones_like": "loss", "aten.index": "head"}
+
 
 def component_of(record: Record) -> str:
     """The report component of a record: the optimizer's and the links' by phase, else by operation, else by module."""
@@ -72,13 +77,19 @@ def component_of(record: Record) -> str:
         return _BY_OPERATION[record.name]
     if record.component:
         return record.component
-    return _top_module(record.path) or "other"
+    return _top_module(record.path) or _OUTSIDE.get(record.name, "other")
 
 
 def _top_module(path: str) -> str:
     """For a module of somebody else's: its outermost named part, the layer's part for a decoder."""
     parts = general_path(path).split(".")
     return ".".join(parts[:3] if parts[0] == "layers" else parts[:1])
+
+
+def _block(path: str) -> str:
+    """A path up to its first index, which is what repeats: model.layers.3; without one its outermost part."""
+    indexed = _FIRST_INDEX.match(path)
+    return indexed.group() if indexed else path.split(".")[0]
 
 
 @dataclass(slots=True)
@@ -217,8 +228,9 @@ def _group(all_pieces: list[Piece], key: Callable[[Piece], Any]) -> dict[Any, li
 
 
 def component_rows(all_pieces: list[Piece]) -> list[Row]:
-    """Rows by component, in the order of a decoder."""
+    """Rows by component, in the order of a decoder; a module of somebody else's in the order in which it ran."""
     groups = _group(all_pieces, lambda piece: piece.component)
+    order = COMPONENTS if set(groups) <= set(COMPONENTS) else ()
     return [
         make_row(
             _join(general_path(piece.record.path) for piece in groups[name]),
@@ -226,7 +238,7 @@ def component_rows(all_pieces: list[Piece]) -> list[Row]:
             name,
             groups[name],
         )
-        for name in _ordered(groups, COMPONENTS)
+        for name in _ordered(groups, order)
     ]
 
 
@@ -259,7 +271,7 @@ def rows_by(grouping: str, all_pieces: list[Piece]) -> list[Row]:
     if grouping == "layer":
         groups = _group(
             all_pieces,
-            lambda p: f"layers.{p.layer}" if p.layer is not None else (p.record.path or p.component).split(".")[0],
+            lambda p: f"layers.{p.layer}" if p.layer is not None else _block(p.record.path) or p.component,
         )
         return [make_row(name, _join(p.record.name for p in group), name, group) for name, group in groups.items()]
     raise InvalidValue(f"--by {grouping!r} is unknown; use one of {', '.join(GROUPINGS)}")

@@ -7,7 +7,9 @@ that layer stands, forwards in order and backwards in reverse. That is exact, fo
 from __future__ import annotations
 
 import gc
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rooflight.errors import RooflightError, UntraceableModule
 from rooflight.workload.program import Program
 from rooflight.workload.record import BACKWARD, FORWARD, RECOMPUTE, Record, Recorder, Trace, tensors_in
+from rooflight.workload.untraceable import advice, cause
 
 _LAYER = re.compile(r"^layers\.(\d+)(?=\.|$)")
 
@@ -63,10 +66,16 @@ def fake_tensors(shape_env: Any = None) -> Iterator[FakeTensorMode]:
     # The engine frees what a step saved by reference counts; a collector run in the middle only costs time.
     collecting = gc.isenabled()
     gc.disable()
+    # What a shape function raises, torch also logs with its traceback; we say it in the one line of our own error.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode:
+        with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
+            # torch's own deepcopy of a parameter asks a fake tensor for its address, and warns of itself.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield mode
     finally:
+        log.disabled = quiet
         if collecting:
             gc.enable()
 
@@ -82,10 +91,8 @@ def dry(build: Callable[[], Program], shape_env: Any = None) -> Walk:
     except RooflightError:
         raise
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UntraceableModule(
-            f"the program cannot be run on fake tensors: {type(error).__name__}: {first_line}; "
-            "a forward that branches on values or leaves torch cannot be priced: give it fixed shapes and torch calls"
+            f"the program cannot be run on fake tensors: {cause(error)}; {advice(error)}"
         ) from error
 
 

@@ -67,7 +67,7 @@ def test_between_samples_lies_between_their_efficiencies() -> None:
 @pytest.mark.parametrize("name", ["h200", "h100-sxm", "cloud-cpu", "xeon"])
 def test_four_times_the_rows_never_take_less_time(name: str) -> None:
     machine = load(name)
-    # Small products are left out: cuBLAS really takes longer for one row of 1024×1024 than for four (7.7 against 4.5 µs).
+    # Small products are left out: cuBLAS takes longer for one row of 1024×1024 than for four (7.7 against 4.5 µs).
     for n, k in ((4096, 4096), (28672, 4096), (8192, 8192)):
         seconds = [linear(machine, 4**power, n, k).seconds for power in range(8)]
         for less, more in itertools.pairwise(seconds):
@@ -151,3 +151,14 @@ def test_a_curve_of_one_sample_serves() -> None:
     machine = replace(h200, samples=(one,))
     assert machine.estimate("odd", "bf16", (64, 64), {"fp32": 4096.0}, 16384.0, MOVE).seconds == 4e-6
     assert machine.estimate("odd", "bf16", (128, 64), {"fp32": 8192.0}, 32768.0, MOVE).seconds > 4e-6
+
+
+def test_one_tiny_sample_does_not_slow_large_calls_by_its_latency() -> None:
+    """A fill of 4 bytes takes a launch; a fill of a gigabyte takes its bytes and one launch, not a million of them."""
+    machine = load("h200")
+    tiny = Sample("fill", "fp32", (1,), {}, 4.0, 3e-6)
+    machine = replace(machine, samples=(*(s for s in machine.samples if s.curve != "fill"), tiny))
+    assert machine.estimate("fill", "fp32", (1,), {}, 4.0, MOVE).seconds == pytest.approx(3e-6)
+    size = 2.0**30
+    roof_seconds = machine.roof_seconds({}, size)[0]
+    assert machine.estimate("fill", "fp32", (2**28,), {}, size, MOVE).seconds < 2 * roof_seconds

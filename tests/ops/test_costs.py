@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,10 +75,12 @@ def _paged_bytes(args: Any, out: Any) -> tuple[int, int]:
 
 
 def _grouped_bytes(args: Any, out: Any) -> tuple[int, int]:
-    """Weights of the experts that have rows: five by COUNTS where a batch says so, else all eight."""
+    """Weights of the experts that have rows: five by COUNTS where a batch says so, else the mean of random routing."""
     rows, weight, *rest = args
     bias, counts = rest if len(rest) == 2 else (None, *rest)
-    hit = 5 if bias is not None or len(rest) == 1 else 8
+    experts = weight.shape[0]
+    mean = experts * (1 - (1 - 1 / experts) ** rows.shape[0])
+    hit = 5 if bias is not None or len(rest) == 1 else int(mean)
     return _nbytes(rows, counts) + hit * _nbytes(weight[0], None if bias is None else bias[0]), _nbytes(out)
 
 
@@ -133,3 +136,13 @@ def test_a_counted_number_counts_each_operation_once() -> None:
         x = Counted(3.0)
         assert (2 - x * x + 1 / x > 0.0) is False
     assert tally[VECTOR_UNIT] == 5
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(2, 1), (3, 4), (4, 5), (5, 3)])
+def test_experts_reached_are_the_mean_over_all_routings(experts: int, rows: int) -> None:
+    routings = list(itertools.product(range(experts), repeat=rows))
+    mean = sum(len(set(routing)) for routing in routings) / len(routings)
+    x, weight = torch.empty(rows, 6), torch.empty(experts, 7, 6)
+    counts = torch.zeros(experts, dtype=torch.int64)
+    cost = OPS["grouped_linear"].price(torch.empty(rows, 7), x, weight, None, counts)
+    assert cost.bytes_read == _nbytes(x, counts) + int(mean + 1e-6) * _nbytes(weight[0])

@@ -133,9 +133,10 @@ def _weights_read(rows: int, batch: Batch | None) -> float:
 
 
 def test_only_experts_with_rows_have_their_weights_read() -> None:
-    even = Batch.uniform(1, 3, 3)
-    assert [_weights_read(rows, None) for rows in (1, 3, 4, 100)] == [1, 3, 4, 4]
-    assert _weights_read(3, even) == 3
+    silent = Batch.uniform(1, 3, 3)  # says nothing of experts
+    # Four experts: one row reaches one; three rows 4·(1 − 0.75³) = 2.3 on average; a hundred all but surely all.
+    assert [_weights_read(rows, None) for rows in (1, 3, 100)] == [1, 2, 4]
+    assert _weights_read(3, silent) == 2
     assert _weights_read(100, Batch((), expert_tokens=(50, 0, 50, 0))) == 2
 
 

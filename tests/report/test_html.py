@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from rooflight.report import to_html
+from rooflight.report.charts import memory_over_time
 from rooflight.report.roofline import gather, placeless, roofline
 from rooflight.report.units import format_bytes, format_seconds
-from rooflight.workload.explanation import Explanation
+from rooflight.workload.explanation import Explanation, Row
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 EVIL = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
@@ -156,12 +158,16 @@ def test_a_machine_without_measured_ceilings_has_no_dashed_roof(decode: Explanat
 def test_the_charts_embed_every_component_and_category(explanation: Explanation) -> None:
     charts = Page(to_html(explanation)).charts
     bars = charts["time"]["traces"]
-    assert set(bars[0]["y"]) == {row.component for row in explanation.components}
+    assert bars[0]["y"]
+    for row in explanation.components:
+        small = row.expected_seconds < 0.01 * sum(r.expected_seconds for r in explanation.components)
+        assert row.component in bars[0]["y"] or (small and any("others" in name for name in bars[0]["y"]))
     names = {trace["name"] for trace in bars}
     assert names == {"roof", "expected"} | ({"measured"} if explanation.totals.measured_seconds else set())
     shown = {trace["name"] for trace in charts["memory"]["traces"]}
     if explanation.memory.timeline:
-        assert set(explanation.memory.timeline[0].bytes) <= shown
+        ever = {name for moment in explanation.memory.timeline for name, size in moment.bytes.items() if size > 0}
+        assert ever <= shown
     else:
         assert {"weights", "KV cache"} <= shown
     assert "capacity" in json.dumps(charts["memory"]["layout"])
@@ -180,3 +186,47 @@ def test_an_explanation_of_nothing_still_renders(decode: Explanation) -> None:
     decode.rows, decode.components, decode.points, decode.advice, decode.notes = [], [], [], [], []
     decode.primitives, decode.access, decode.movement = [], [], []
     assert Page(to_html(decode)).open == []
+
+
+def _fused(decode: Explanation) -> list[Row]:
+    """The three parts of attention in layer 0, as they come out of one kernel: one path, one operation."""
+    parts = [row for row in decode.points if row.path.startswith("layers.0.") and row.op == "flash_attention"]
+    for row in parts:
+        row.path = "layers.0.attention"
+    return parts
+
+
+def test_parts_of_a_fused_operation_are_one_mark(decode: Explanation) -> None:
+    parts = _fused(decode)
+    assert {row.component for row in parts} == {"scores", "softmax", "context"}
+    (point,) = [point for point in gather(parts) if point.row.op == "flash_attention"]
+    assert point.row.flops == sum(row.flops for row in parts)
+    assert point.expected_seconds == pytest.approx(sum(row.expected_seconds for row in parts))
+    moved = sum(row.bytes_read + row.bytes_written for row in parts)
+    assert point.row.intensity == pytest.approx(point.row.flops / moved)
+    decode.points = parts
+    assert placeless(decode) == []
+
+
+def test_fused_parts_are_told_under_the_table(decode: Explanation) -> None:
+    assert "run as one operation" not in Page(to_html(decode)).visible
+    _fused(decode)
+    assert "scores, softmax and context run as one operation (flash_attention)" in Page(to_html(decode)).visible
+
+
+def test_the_memory_axis_has_the_unit_of_its_sizes(train: Explanation) -> None:
+    for moment in train.memory.timeline:
+        moment.bytes = {name: size / 2**20 for name, size in moment.bytes.items()}
+    chart = memory_over_time(train)
+    assert chart["layout"]["yaxis"]["title"]["text"].startswith("KiB")
+    total = next(trace for trace in chart["traces"] if trace["name"] == "total")
+    most = max(sum(moment.bytes.values()) for moment in train.memory.timeline)
+    assert max(total["y"]) == pytest.approx(most / 2**10)
+
+
+def test_phases_are_named_along_the_memory_axis(train: Explanation) -> None:
+    names = ["before the run", *["forward: a (op)"] * 30, *["backward: a (op)"] * 60, "optimizer:  (adamw)"]
+    train.memory.timeline = [replace(train.memory.timeline[0], label=name) for name in names]
+    axis = memory_over_time(train)["layout"]["xaxis"]
+    assert axis["ticktext"] == ["forward", "backward"]
+    assert axis["tickvals"] == [(1 + 30) / 2, (31 + 90) / 2]

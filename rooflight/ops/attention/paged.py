@@ -159,8 +159,8 @@ def _paged_attention_cost(
         0 if v_NPKU is None else key_count * key_heads * value_dim * v_NPKU.element_size(),
         tensor_bytes(out_THU),
     )
-    # Efficiency is looked up by the mean context that a sequence reads.
-    size = (sequences, key_count // sequences, key_heads * head_dim)
+    # Efficiency is looked up by what a mean sequence reads and asks.
+    size = (sequences, key_count // sequences, key_heads * head_dim, heads, tokens // sequences)
     return fused_cost(parts, size, precision_of(q_THE), Access.RANDOM)
 
 
