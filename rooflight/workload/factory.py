@@ -111,7 +111,7 @@ def _import(name: str, place: str) -> Any:
         return importlib.import_module(place)
     except RooflightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidValue(f"model {name!r}: {place} does not import: {cause(error)}") from error
 
 
@@ -128,13 +128,13 @@ def fake(make: Factory) -> Made:
             module, args = make()
     except RooflightError:
         raise
-    except Exception:
+    except (Exception, SystemExit):
         with unset_fake_temporarily(), _OnTheCpu():
             try:
                 module, args = make()
             except RooflightError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UntraceableModule(f"the factory failed: {cause(error)}") from error
     lazy = [name for name, p in module.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:

@@ -99,9 +99,13 @@ def test_selective_recomputes_norms_rotary_and_activation_but_no_product() -> No
 
 def test_full_recomputes_every_operation_of_every_layer_and_nothing_else() -> None:
     walk = train("full")
-    assert places(of(walk, RECOMPUTE)) == list(LAYER)
+    # A layer adds its output to the stream itself, so that one tensor enters the next: its first norm has nothing to
+    # add, and the sum, which no backward needs, is all that is not run again.
+    assert places(of(walk, RECOMPUTE)) == [("attention_norm.norm", "rms_norm", "norm and residual"), *LAYER[1:]]
     again = Counter((r.path, r.name) for r in of(walk, RECOMPUTE))
-    assert again == Counter((r.path, r.name) for r in of(walk, FORWARD) if r.path.startswith("layers."))
+    first = Counter((r.path, r.name) for r in of(walk, FORWARD) if r.path.startswith("layers."))
+    assert first - again == Counter({(f"layers.{i}", "aten.add"): 1 for i in range(3)})
+    assert not again - first
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -120,7 +124,13 @@ def test_recompute_changes_neither_forward_nor_backward_nor_optimizer() -> None:
     def work(walk: Walk) -> list[tuple[str, str, str, Any]]:
         return [(r.phase, r.path, r.name, r.cost) for r in walk.trace.records if r.phase != RECOMPUTE]
 
-    assert work(train("selective")) == work(train()) == work(train("full"))
+    assert work(train("selective")) == work(train())
+
+    def products(walk: Walk) -> list[tuple[str, str, str, Any]]:
+        return [entry for entry in work(walk) if entry[3].size and "bf16" in entry[3].flops]
+
+    # With full recomputation the residual is added elsewhere; every product is where it was.
+    assert products(train("full")) == products(train())
 
 
 def test_the_optimizer_is_one_operation_of_its_own_phase() -> None:
