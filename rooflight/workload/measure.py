@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from rooflight.errors import InvalidValue
+from rooflight.hardware.host import keep_freed_memory
 from rooflight.models.config import ModelConfig
 from rooflight.workload import program as programs
 from rooflight.workload import walk as walks
@@ -52,6 +53,7 @@ def measure(build: Callable[[], Program], device: str, *, graph: bool = False, s
     # The command line starts without the collector; a wet run wants it back, but not over what is imported.
     gc.freeze()
     gc.enable()
+    keep_freed_memory()
     torch.manual_seed(seed)
     program = build()
     program.step(None)
