@@ -24,7 +24,7 @@ class Machine:
     measured: ceilings reached in practice, "copy" and "read" in bytes/s, "matmul.bf16" … in FLOP/s, and on a CPU
         "bandwidth.l2" … in bytes/s, the roof of a working set that a cache holds.
     samples: measured calls, from which efficiency is interpolated. reference: the machine whose efficiency stands in
-        where this one has none of its own.
+        where this one has none of its own. curves: the names of those samples' curves.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Machine:
     aliases: tuple[str, ...] = ()
     device_names: tuple[str, ...] = ()
     reference: Machine | None = field(default=None, repr=False, compare=False)
+    curves: frozenset[str] = field(init=False, repr=False, compare=False)
     _cached_levels: tuple[tuple[float, float], ...] = field(init=False, repr=False, compare=False)
     _efficiency: Efficiency = field(init=False, repr=False, compare=False)
 
@@ -54,6 +55,7 @@ class Machine:
             for level, size in self.caches.items()
             if f"bandwidth.{level}" in self.measured
         ]
+        object.__setattr__(self, "curves", frozenset(sample.curve for sample in self.samples))
         object.__setattr__(self, "_cached_levels", tuple(sorted(levels)))
         object.__setattr__(self, "_efficiency", Efficiency(self))
 

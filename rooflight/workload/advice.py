@@ -18,6 +18,7 @@ from rooflight.workload.record import Record
 from rooflight.workload.roofline import Timed, time_walk
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
+_PADDED = 64
 _WORTH = 0.005  # of the step's time or memory: less is not worth a line
 
 
@@ -42,6 +43,14 @@ def _candidates(case: Case) -> Iterator[Advice]:
             "the scores are never written to memory, nor the keys that no query sees multiplied",
             config,
             replace(setting, attention="flash"),
+        )
+    if config.vocab_size % _PADDED:
+        padded = -(-config.vocab_size // _PADDED) * _PADDED
+        yield case.gain(
+            f"pad the vocabulary to {padded:,}",
+            f"{config.vocab_size:,} is no multiple of 64, and matrix products over it run on slower kernels",
+            replace(config, vocab_size=padded),
+            setting,
         )
     if setting.phase != "train":
         yield from _inference(case)

@@ -19,7 +19,7 @@ from rooflight.hardware.ceilings import copies_beyond
 from rooflight.hardware.figures import Sample
 from rooflight.hardware.timing import Timer
 from rooflight.models.config import ModelConfig, MoE, Rope, same_layers
-from rooflight.ops.cost import Cost
+from rooflight.ops.cost import Cost, curve_of
 from rooflight.workload import program as programs
 from rooflight.workload import walk as walks
 from rooflight.workload.program import Setting
@@ -76,6 +76,7 @@ def _trials(device: torch.device) -> Iterator[Trial]:
             config = _decoder(*width)
             if place == 1:
                 yield from _variants(_decoder(*widths[0]), dtype, gpu)
+                yield from _unaligned(dtype) if gpu else ()
             for batch, context in prompts:
                 yield Trial(config, Setting("prefill", batch, context, dtype))
             for batch, context in steps:
@@ -85,6 +86,14 @@ def _trials(device: torch.device) -> Iterator[Trial]:
                 # Masters are the widest optimizer; plain states are a second point on the same curve.
                 yield Trial(config, Setting("train", batch, context, dtype, optimizer="adamw-master"))
                 yield Trial(config, Setting("train", batch, max(context // 4, 16), dtype))
+
+
+def _unaligned(dtype: str) -> Iterator[Trial]:
+    """GPT-2's width and its vocabulary, which is no multiple of 8: products over it take other kernels."""
+    odd = _decoder(768, 12, 12, 3072, 50257)
+    for batch, context in ((8, 1024), (1, 512)):
+        yield Trial(odd, Setting("prefill", batch, context, dtype))
+        yield Trial(odd, Setting("train", batch, context, dtype))
 
 
 def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
@@ -163,7 +172,7 @@ def _build(trial: Trial, device: torch.device) -> programs.Program:
 
 def _key(name: str, cost: Cost) -> tuple[Any, ...]:
     return (
-        cost.curve or name,
+        curve_of(cost, name),
         cost.precision or "any",
         tuple(int(n) for n in cost.size),
         round(float(cost.total_bytes)),
@@ -172,7 +181,7 @@ def _key(name: str, cost: Cost) -> tuple[Any, ...]:
 
 def _sample(name: str, cost: Cost, seconds: float, host_seconds: float | None) -> Sample:
     return Sample(
-        curve=cost.curve or name,
+        curve=curve_of(cost, name),
         precision=cost.precision or "any",
         size=tuple(int(n) for n in cost.size),
         flops={precision: float(count) for precision, count in cost.flops.items() if count},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rooflight.hardware.machine import Machine
+from rooflight.ops.cost import curve_of
 from rooflight.workload.record import BACKWARD, Record
 from rooflight.workload.walk import Walk
 
@@ -54,8 +55,11 @@ def price(record: Record, machine: Machine, launches: Mapping[str, float], *, gr
         return Priced(0.0, "launch", 0.0, 0.0, "datasheet")
     link = machine.link_for(cost.group_size).name if cost.group_size > 1 else None
     roof, bound = machine.roof_seconds(flops, total_bytes, float(cost.link_bytes), link)
+    curve = curve_of(cost, record.name)
+    if curve not in machine.curves:
+        curve = cost.curve or record.name
     estimate = machine.estimate(
-        cost.curve or record.name,
+        curve,
         cost.precision,
         tuple(int(n) for n in cost.size),
         flops,
@@ -69,7 +73,7 @@ def price(record: Record, machine: Machine, launches: Mapping[str, float], *, gr
     # The host must launch before the device may start; on a CPU that is part of the call itself.
     host = 0.0
     if machine.kind != "cpu":
-        eager = launches.get(cost.curve or record.name, machine.launch_eager_seconds.value)
+        eager = launches.get(curve, machine.launch_eager_seconds.value)
         host = machine.launch_graph_seconds.value if graph else eager
     return Priced(roof, bound, kernel, host, estimate.provenance)
 

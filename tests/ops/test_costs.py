@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rooflight.ops import batch
-from rooflight.ops.cost import VECTOR, Cost
+from rooflight.ops.cost import VECTOR, Cost, curve_of
 
 from .case import Case, Draw
 from .cases import CASES, OPS
@@ -146,3 +146,13 @@ def test_experts_reached_are_the_mean_over_all_routings(experts: int, rows: int)
     counts = torch.zeros(experts, dtype=torch.int64)
     cost = OPS["grouped_linear"].price(torch.empty(rows, 7), x, weight, None, counts)
     assert cost.bytes_read == _nbytes(x, counts) + int(mean + 1e-6) * _nbytes(weight[0])
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "curve"), [(64, 32, "linear"), (63, 32, "linear.unaligned"), (64, 4, "linear.unaligned")]
+)
+def test_products_over_odd_widths_have_a_curve_of_their_own(n: int, k: int, curve: str) -> None:
+    args = (torch.empty(3, k), torch.empty(n, k), None)
+    assert curve_of(OPS["linear"].price(torch.empty(3, n), *args), "linear") == curve
+    norm = OPS["rms_norm"].price(torch.empty(3, 7), torch.empty(3, 7), torch.empty(7), 1e-5, 0.0)
+    assert curve_of(norm, "rms_norm") == "rms_norm"
