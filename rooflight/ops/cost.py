@@ -144,7 +144,7 @@ _ALIGNMENT = 8  # elements: 16 bytes of bf16, what a tensor core's loads want
 
 
 def curve_of(cost: Cost, name: str) -> str:
-    """Name of the measured curve of a call; a product whose N or K is not a multiple of 8 runs on other, slower kernels.
+    """Name of the measured curve of a call; products whose N or K is no multiple of 8 run on other kernels.
 
     Sizes must be concrete. (GPT-2's vocabulary of 50,257 on an H200: a third of the speed of 50,304.)
     """
