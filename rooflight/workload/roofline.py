@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rooflight.hardware.machine import Machine
-from rooflight.ops.cost import curve_of
+from rooflight.ops.cost import Cost, curve_of
 from rooflight.workload.record import BACKWARD, Record
 from rooflight.workload.walk import Walk
 
@@ -46,6 +46,15 @@ def between_seconds(walk: Walk, machine: Machine) -> float:
     return next((sample.seconds for sample in machine.samples if sample.curve == curve), 0.0)
 
 
+def _curve(cost: Cost, name: str, machine: Machine) -> str:
+    """The measured curve that fits a call best: its own, or that of a linear over as odd a width, or the plain one."""
+    plain, own = cost.curve or name, curve_of(cost, name)
+    if own == plain or own in machine.curves:
+        return own
+    odd_linear = "linear.unaligned"
+    return odd_linear if plain not in machine.curves and odd_linear in machine.curves else plain
+
+
 def price(record: Record, machine: Machine, launches: Mapping[str, float], *, graph: bool) -> Priced:
     """Roof and expected time of one record; `graph` when launches are nodes of a captured CUDA graph."""
     cost = record.cost
@@ -55,9 +64,7 @@ def price(record: Record, machine: Machine, launches: Mapping[str, float], *, gr
         return Priced(0.0, "launch", 0.0, 0.0, "datasheet")
     link = machine.link_for(cost.group_size).name if cost.group_size > 1 else None
     roof, bound = machine.roof_seconds(flops, total_bytes, float(cost.link_bytes), link)
-    curve = curve_of(cost, record.name)
-    if curve not in machine.curves:
-        curve = cost.curve or record.name
+    curve = _curve(cost, record.name, machine)
     estimate = machine.estimate(
         curve,
         cost.precision,

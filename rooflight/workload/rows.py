@@ -202,7 +202,8 @@ def make_row(path: str, op: str, component: str, group: list[Piece]) -> Row:
         op=op,
         component=component,
         phase=_join((piece.record.phase for piece in group), limit=5),
-        count=sum(piece.count for piece in group),
+        # The parts of one record are one call.
+        count=sum({(id(piece.record), piece.layer): piece.count for piece in group}.values()),
         flops=total_flops,
         flops_by_precision=flops,
         bytes_read=read,

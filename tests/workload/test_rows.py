@@ -114,6 +114,13 @@ def test_layers_of_a_kind_are_equal_rows_and_what_stands_outside_has_its_own() -
     assert {"embedding", "norm", "head"} <= set(found)
 
 
+@pytest.mark.parametrize("grouping", ["op", "layer", "primitive"])
+def test_the_parts_of_a_fused_call_are_one_call(grouping: str) -> None:
+    timed = timed_walk("llama3", "prefill")
+    found = rows_by(grouping, pieces(timed, GPU, None, by_layer=grouping == "layer"))
+    assert sum(row.count for row in found) == len(timed.walk.steps)
+
+
 def test_counts_are_calls() -> None:
     timed = time_walk(walked(llama(6), Setting("prefill", 2, 64)), GPU, graph=False)
     found = {row.op: row.count for row in rows_by("op", pieces(timed, GPU, None))}
