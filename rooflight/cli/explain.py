@@ -136,6 +136,7 @@ def explain(options: argparse.Namespace, machine: Machine) -> Explanation:
 
 def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanation:
     from rooflight.workload import factory, program
+    from rooflight.workload.any_module import any_module
     from rooflight.workload.explain import explain_module
 
     if options.text is not None:
@@ -145,7 +146,7 @@ def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanati
     setting = _setting(options, 1, "fp32")
 
     def dry() -> program.Program:
-        return program.any_module(*factory.fake(make), setting)
+        return any_module(*factory.fake(make), setting)
 
     measured = None
     if options.measure:

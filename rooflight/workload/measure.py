@@ -19,6 +19,7 @@ from rooflight.hardware.host import keep_freed_memory
 from rooflight.models.config import ModelConfig
 from rooflight.workload import program as programs
 from rooflight.workload import walk as walks
+from rooflight.workload.any_module import any_module
 from rooflight.workload.explain import Measured
 from rooflight.workload.factory import Factory
 from rooflight.workload.program import Program, Setting
@@ -167,4 +168,4 @@ def wet_module(make: Factory, setting: Setting, device: str) -> Program:
     """A factory's module and arguments on a device."""
     module, args = make()
     moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), args)
-    return programs.any_module(module.to(device), moved, setting)
+    return any_module(module.to(device), moved, setting)

@@ -1,4 +1,4 @@
-"""The programs that are run wet and dry: prefill, decode and a training step of a decoder, or any torch module.
+"""The programs that are run wet and dry: prefill, decode and a training step of a decoder.
 
 Legend: B sequences  T tokens  M blocks a sequence  N blocks
 """
@@ -20,8 +20,7 @@ from rooflight.models.transformer import Transformer
 from rooflight.ops import batch as batches
 from rooflight.ops.optimizer import AdamW
 from rooflight.ops.sampling import greedy
-from rooflight.workload.outputs import differentiable
-from rooflight.workload.record import BACKWARD, OPTIMIZER, Recorder
+from rooflight.workload.record import OPTIMIZER, Recorder
 
 PHASES = ("prefill", "decode", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,7 +175,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter]) -> Any:
     raise InvalidValue(f"optimizer {name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
 
 
-def _states(optimizer: Any) -> list[Any]:
+def optimizer_states(optimizer: Any) -> list[Any]:
     """The optimizer's state tensors, made now: a run is a step like any other, not the first."""
     if optimizer is None:
         return []
@@ -213,7 +212,7 @@ def training(
     for p in stand_ins:
         p.grad = torch.empty_like(p)
     optimizer = make_optimizer(setting.optimizer, trained + stand_ins)
-    states = _states(optimizer)
+    states = optimizer_states(optimizer)
 
     def step(recorder: Recorder | None = None) -> Tensor:
         with batches.use(facts):
@@ -222,7 +221,7 @@ def training(
         if recorder is not None:
             recorder.label([p.grad for p in trained], "gradients")
         if optimizer is not None:
-            with _phase(recorder, OPTIMIZER):
+            with in_phase(recorder, OPTIMIZER):
                 optimizer.step()
         # A run repeats the step from where it began: gradients are made afresh, as after zero_grad.
         for p in trained:
@@ -236,7 +235,7 @@ def training(
 
 
 @contextmanager
-def _phase(recorder: Recorder | None, name: str) -> Iterator[None]:
+def in_phase(recorder: Recorder | None, name: str) -> Iterator[None]:
     """Mark what happens inside as belonging to a phase."""
     if recorder is None:
         yield
@@ -260,54 +259,3 @@ def decoder(
         program = inference(config, setting, device, counts, model)
     program.order = order
     return program
-
-
-def any_module(module: nn.Module, args: tuple[Any, ...] | dict[str, Any], setting: Setting) -> Program:
-    """Forward of any module on its example arguments, in evaluation mode as inference is.
-
-    With phase train the module stays in the mode that its factory left it in, and backward and optimizer follow: of the
-    loss where the output has one, else of the sum of all its floating-point outputs.
-    """
-    if setting.phase == "decode":
-        raise InvalidValue(
-            "phase decode needs a decoder with a KV cache; for a module of your own use prefill or train"
-        )
-    train = setting.phase == "train"
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = make_optimizer(setting.optimizer, trained) if train and trained else None
-    states = _states(optimizer)
-    if not train:
-        module.eval()
-
-    def call() -> Any:
-        return module(**args) if isinstance(args, dict) else module(*args)
-
-    def step(recorder: Recorder | None = None) -> Any:
-        if not train:
-            with torch.no_grad():
-                return call()
-        out = call()
-        ends = differentiable(out)
-        if not ends:
-            raise InvalidValue(
-                f"phase train: none of the tensors in the module's output ({type(out).__name__}) carries a gradient; "
-                "return one that does, or use --phase prefill"
-            )
-        with _phase(recorder, BACKWARD):
-            seeds = [torch.ones_like(end) for end in ends]
-        torch.autograd.backward(ends, seeds)
-        if recorder is not None:
-            recorder.label([p.grad for p in trained], "gradients")
-        if optimizer is not None:
-            with _phase(recorder, OPTIMIZER):
-                optimizer.step()
-        for p in trained:
-            p.grad = None
-        return out
-
-    standing = {
-        "weights": [(list(module.parameters()), 1)],
-        "optimizer": [(states, 1)],
-        "inputs": [([args, list(module.buffers())], 1)],
-    }
-    return Program(module, step, standing, example=args)

@@ -16,6 +16,7 @@ from rooflight.models.config import ModelConfig
 from rooflight.models.count import parameter_counts
 from rooflight.workload import program
 from rooflight.workload.advice import fusion
+from rooflight.workload.any_module import any_module
 from rooflight.workload.explain import explain_decoder, explain_module
 from rooflight.workload.explanation import Advice, Explanation
 from rooflight.workload.program import Setting
@@ -196,7 +197,7 @@ class Fused(nn.Module):
 
 def module(make: Callable[[int], nn.Module]) -> Explanation:
     def build() -> program.Program:
-        return program.any_module(make(1024), (torch.zeros(2048, 1024),), Setting("prefill", dtype="fp32"))
+        return any_module(make(1024), (torch.zeros(2048, 1024),), Setting("prefill", dtype="fp32"))
 
     return explain_module("module", build, GPU, Setting("prefill", dtype="fp32"))
 

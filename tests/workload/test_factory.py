@@ -14,8 +14,9 @@ import torch
 from rooflight.cli.main import main
 from rooflight.errors import InvalidValue, RooflightError, UntraceableModule
 from rooflight.hardware import load
-from rooflight.workload import factory, measure, program, walk
+from rooflight.workload import factory, measure, walk
 from rooflight.workload.align import align
+from rooflight.workload.any_module import any_module
 from rooflight.workload.explain import explain_module
 from rooflight.workload.explanation import Explanation
 from rooflight.workload.program import Setting
@@ -26,9 +27,7 @@ HERE = Path(__file__).parent
 def _explain(name: str, phase: str = "prefill", by: str = "component", dtype: torch.dtype | None = None) -> Explanation:
     make = factory.load_factory(f"tests.workload.modules:{name}", dtype)
     setting = Setting(phase=phase, context=1, dtype="fp32")
-    return explain_module(
-        name, lambda: program.any_module(*factory.fake(make), setting), load("a100-80gb"), setting, by=by
-    )
+    return explain_module(name, lambda: any_module(*factory.fake(make), setting), load("a100-80gb"), setting, by=by)
 
 
 def _flops(explanation: Explanation, component: str) -> float:
@@ -172,7 +171,7 @@ def test_seventy_billion_parameters_take_no_memory() -> None:
 def test_a_wet_run_does_what_the_dry_one_priced(name: str, phase: str) -> None:
     make = factory.load_factory(f"tests.workload.modules:{name}")
     setting = Setting(phase=phase, context=1, dtype="fp32")
-    dry = walk.dry(lambda: program.any_module(*factory.fake(make), setting))
+    dry = walk.dry(lambda: any_module(*factory.fake(make), setting))
     wet = walk.record(measure.wet_module(make, setting, "cpu"))
     assert [record.name for record in dry.trace.records] == [record.name for record in wet.trace.records]
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rooflight.errors import InvalidValue
 from rooflight.workload import program, rows, walk
+from rooflight.workload.any_module import any_module
 from rooflight.workload.explanation import Row
 from rooflight.workload.program import Setting
 from rooflight.workload.roofline import Timed, time_walk
@@ -179,7 +180,7 @@ def test_a_module_of_somebody_elses_has_rows_by_its_own_names() -> None:
     def build() -> program.Program:
         import torch
 
-        return program.any_module(Both(), (torch.zeros(5, 8),), Setting("prefill", dtype="fp32"))
+        return any_module(Both(), (torch.zeros(5, 8),), Setting("prefill", dtype="fp32"))
 
     timed = time_walk(walk.dry(build), GPU, graph=False)
     paths = [(row.path, row.op) for row in site_rows(pieces(timed, GPU, None))]

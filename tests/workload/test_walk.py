@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rooflight.errors import UntraceableModule
 from rooflight.models.config import ModelConfig, MoE, Rope, layers_from, same_layers
 from rooflight.workload import program, walk
+from rooflight.workload.any_module import any_module
 from rooflight.workload.memory import over_time
 from rooflight.workload.program import Setting
 from rooflight.workload.walk import Walk, expand, layer_of
@@ -99,7 +100,7 @@ def test_a_program_that_asks_for_values_is_refused_in_one_line() -> None:
             return x if x.sum().item() > 0 else -x
 
     def build() -> program.Program:
-        return program.any_module(Branches(), (torch.zeros(3),), Setting("prefill"))
+        return any_module(Branches(), (torch.zeros(3),), Setting("prefill"))
 
     with pytest.raises(UntraceableModule, match="cannot be run on fake tensors") as caught:
         walk.dry(build)

@@ -6,6 +6,8 @@ Legend: B sequences  Q queries  S keys  H query heads  K key heads  E head dim  
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,20 +75,10 @@ def forward(
 
 
 def takes_backward(
-    grad_BQHU: Tensor,
-    q_BQHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKU: Tensor,
-    out_BQHU: Tensor,
-    lse_BHQ: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    sinks_H: Tensor | None,
+    grad_BQHU: Tensor, q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, out_BQHU: Tensor, lse_BHQ: Tensor, *mask: Any
 ) -> bool:
     """Whether `backward` computes this call: exactly when `forward` did."""
-    return takes_forward(q_BQHE, k_BSKE, v_BSKU, scale, causal, window, softcap, sinks_H)
+    return takes_forward(q_BQHE, k_BSKE, v_BSKU, *mask)
 
 
 def backward(

@@ -88,16 +88,7 @@ def _attention(
     return out, lse
 
 
-def _attention_shape(
-    q_BQHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKU: Tensor,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks_H: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _attention_shape(q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q_BQHE.shape
     out = q_BQHE.new_empty((batch, queries, heads, v_BSKU.shape[-1]))
     return out, q_BQHE.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -246,18 +237,9 @@ def _attention_backward(
 
 
 def _attention_backward_shape(
-    grad_BQHU: Tensor,
-    q_BQHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKU: Tensor,
-    out_BQHU: Tensor,
-    lse_BHQ: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    sinks_H: Tensor | None,
+    grad_BQHU: Tensor, q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks_H = rest[-1]
     grad_sinks = q_BQHE.new_empty((0,)) if sinks_H is None else sinks_H.new_empty(sinks_H.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_BQHE, k_BSKE, v_BSKU))
     return dq, dk, dv, grad_sinks

@@ -7,6 +7,8 @@ Legend: T new tokens  B sequences  N blocks  P tokens a block  M blocks a sequen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -114,10 +116,7 @@ def _paged_attention_shape(
     query_starts_B1: Tensor,
     max_query: int,
     value_dim: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks_H: Tensor | None = None,
+    *_: Any,
 ) -> Tensor:
     return q_THE.new_empty((q_THE.shape[0], q_THE.shape[1], value_dim))
 
