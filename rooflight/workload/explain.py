@@ -250,11 +250,18 @@ def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, 
     total = sum(shares.values()) or 1.0
     division = ", ".join(f"{share / total:.0%} {name}" for name, share in shares.items() if share)
     return {
-        "roof": f"datasheet peaks and bandwidth of {machine.title}",
+        "roof": _roof_source(machine),
         "expected": f"{division} (by expected time); samples: {machine.samples_source or _borrowed(machine)}",
         "flops and bytes": "counted from the operations that the model itself ran on fake tensors",
         "launch": "nodes of a CUDA graph" if timed.graph else "eager launches",
     }
+
+
+def _roof_source(machine: Machine) -> str:
+    """What the roofs are: a datasheet's, or on a machine without one the best that was measured."""
+    if machine.memory_bandwidth.source.startswith("measured"):
+        return f"the best that this machine reached: {machine.memory_bandwidth.source}"
+    return f"datasheet peaks and bandwidth of {machine.title}"
 
 
 def _borrowed(machine: Machine) -> str:
