@@ -26,7 +26,7 @@ FORWARD, BACKWARD, RECOMPUTE, OPTIMIZER, COMMUNICATION = (
     "optimizer",
     "communication",
 )
-_PYTHON_PATH = ""
+_OUTSIDE = ("", "")  # path and component of what runs in no module
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
             self._paths = {child: path for path, child in module.named_modules(remove_duplicate=False)}
         self._stack: list[tuple[str, str]] = []
         self._marks: list[int] = [-1]
-        self._mark_places: list[tuple[str, str]] = [(_PYTHON_PATH, "")]
+        self._mark_places: list[tuple[str, str]] = [_OUTSIDE]
         self._hooks: list[Any] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._ids: dict[int, int] = {}
@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         # A module that is not below the recorded one (a loss made in place, say) keeps its caller's place.
-        outer = self._stack[-1] if self._stack else (_PYTHON_PATH, "")
+        outer = self._stack[-1] if self._stack else _OUTSIDE
         path = self._paths.get(module, outer[0])
         component = getattr(module, "component", None)
         self._stack.append((path, component if isinstance(component, str) and component else outer[1]))
@@ -171,13 +171,13 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self) -> None:
         self._marks.append(_sequence_number())
-        self._mark_places.append(self._stack[-1] if self._stack else (_PYTHON_PATH, ""))
+        self._mark_places.append(self._stack[-1] if self._stack else _OUTSIDE)
 
     def _place(self) -> tuple[tuple[str, str], str]:
         """(path, component) and phase of the operation that is running."""
         node = torch._C._current_autograd_node()
         if node is None:
-            return (self._stack[-1] if self._stack else (_PYTHON_PATH, "")), self._phase or FORWARD
+            return (self._stack[-1] if self._stack else _OUTSIDE), self._phase or FORWARD
         if self._stack:
             return self._stack[-1], RECOMPUTE
         number = node._sequence_nr()

@@ -167,8 +167,9 @@ def pieces(timed: Timed, machine: Machine, measured: list[float] | None, *, by_l
 
 
 def _ordered(names: Iterable[str], order: tuple[str, ...]) -> list[str]:
-    known = [name for name in order if name in (names := list(names))]
-    return known + [name for name in names if name not in order]
+    """Names that `order` knows, in its order, then the others as they came."""
+    found = list(names)
+    return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
 def _join(values: Iterable[str], limit: int = 3) -> str:
