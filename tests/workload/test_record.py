@@ -257,3 +257,16 @@ def test_the_clock_times_every_operation() -> None:
         torch.add(torch.zeros(4), torch.ones(4))
     assert [r.seconds for r in recorder.records] == [1.0] * len(recorder.records)
     assert len(recorder.records) == 3
+
+
+def test_a_tensor_without_elements_is_no_operation() -> None:
+    """torch 2.11's checkpoint makes one before each layer, where 2.13's makes none."""
+
+    class Dummy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.empty((0,)).sum() + torch.empty((3,)).sum()
+
+    recorder = Recorder(module := Dummy())
+    with recorder:
+        module(torch.zeros(3))
+    assert [record.name for record in recorder.trace().records].count("aten.empty") == 1

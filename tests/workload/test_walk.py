@@ -201,6 +201,13 @@ def theirs(config: ModelConfig) -> LlamaForCausalLM:
     return LlamaForCausalLM(llama_config)
 
 
+def without_rotary(counter: FlopCounterMode) -> int:
+    """All products but the rotary table's, which some releases of transformers write as a matrix product."""
+    by_module = counter.get_flop_counts()
+    rotary = sum(sum(found.values()) for name, found in by_module.items() if name.endswith("rotary_emb"))
+    return counter.get_total_flops() - rotary
+
+
 @pytest.mark.parametrize("sizes", [{}, {"width": 48, "heads": 6, "kv_heads": 1, "head_dim": 16, "ffn_width": 80}])
 def test_products_are_what_flop_counter_mode_sees_in_transformers(sizes: dict[str, int]) -> None:
     """It counts matrix products, and eager attention over the full T×T: just what naive attention runs."""
@@ -209,11 +216,11 @@ def test_products_are_what_flop_counter_mode_sees_in_transformers(sizes: dict[st
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, logits_to_keep=1)
     prefill = walked(config, Setting("prefill", batch, context, attention="naive"))
-    assert sum(flops_by_component(prefill, BF16).values()) == counter.get_total_flops()
+    assert sum(flops_by_component(prefill, BF16).values()) == without_rotary(counter)
     with FlopCounterMode(display=False) as counter:
         model(tokens, labels=tokens).loss.backward()
     step = walked(config, Setting("train", batch, context, attention="naive", optimizer="none"))
-    assert sum(flops_by_component(step, BF16).values()) == counter.get_total_flops()
+    assert sum(flops_by_component(step, BF16).values()) == without_rotary(counter)
 
 
 def test_flop_counter_mode_sees_the_same_products_in_our_own_wet_run() -> None:
