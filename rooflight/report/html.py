@@ -9,6 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from rooflight.errors import InvalidValue
 from rooflight.report import figures, units
 from rooflight.report.charts import memory_over_time, where_time_goes
 from rooflight.report.columns import columns
@@ -33,7 +34,10 @@ def to_html(explanation: Explanation) -> str:
     Every name from the model is escaped, in the markup, in the embedded data and in the charts' own strings.
     """
     # Importing plotly takes a good part of a second, which the other reports need not pay.
-    from plotly.offline import get_plotlyjs
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise InvalidValue("the HTML report needs plotly, which is not installed here; pip install plotly") from error
 
     charts = {
         "roofline": roofline(explanation),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from rooflight.errors import InvalidValue
 from rooflight.report import to_html
 from rooflight.report.charts import memory_over_time
 from rooflight.report.roofline import gather, placeless, roofline
@@ -230,3 +232,9 @@ def test_phases_are_named_along_the_memory_axis(train: Explanation) -> None:
     axis = memory_over_time(train)["layout"]["xaxis"]
     assert axis["ticktext"] == ["forward", "backward"]
     assert axis["tickvals"] == [(1 + 30) / 2, (31 + 90) / 2]
+
+
+def test_without_plotly_one_line_says_so(decode: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(InvalidValue, match="pip install plotly"):
+        to_html(decode)
