@@ -113,6 +113,7 @@ def explain(options: argparse.Namespace, machine: Machine) -> Explanation:
 
     if is_factory(options.model) and not Path(options.model).exists():
         return _explain_factory(options, machine)
+    _check_for_phase(options)
     from rooflight.models.presets import resolve
     from rooflight.workload.explain import check_setting, explain_decoder
 
@@ -142,6 +143,7 @@ def _explain_factory(options: argparse.Namespace, machine: Machine) -> Explanati
     if options.text is not None:
         raise InvalidValue("--text needs a decoder; a module of your own brings its example arguments")
     _check_for_module(options)
+    _check_for_phase(options)
     make = factory.load_factory(options.model, program.DTYPES.get(options.dtype))
     setting = _setting(options, 1, "fp32")
 
@@ -171,6 +173,19 @@ def _shipped_machines() -> list[str]:
     from rooflight.hardware import catalog
 
     return catalog()
+
+
+def _check_for_phase(options: argparse.Namespace) -> None:
+    """Raise InvalidValue for an option that the phase does not heed, rather than ignore it."""
+    train = options.phase == "train"
+    given = {
+        "--recompute": (options.recompute, options.recompute == "none" or train, "train"),
+        "--optimizer": (options.optimizer, options.optimizer == "adamw" or train, "train"),
+        "--kv-cache-dtype": (options.kv_cache_dtype, options.kv_cache_dtype is None or not train, "prefill or decode"),
+    }
+    for option, (value, heeded, phases) in given.items():
+        if not heeded:
+            raise InvalidValue(f"{option} {value} does nothing in phase {options.phase}; it is for --phase {phases}")
 
 
 def _check_for_module(options: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep what is freed for the next allocation; returns whether it could be asked.
 
     By default it hands large blocks back to the system, and every tensor then pays for fresh, zeroed pages: a GPT-2
-    training step here took 1.05 s and varied by half, and 0.65 s and steady without that.
+    training step on 2 cores took 0.9 to 1.5 s, and 0.6 to 0.9 s without that (docs/performance-log.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -140,7 +140,7 @@ class Cost:
         return replace(self, curve=curve)
 
 
-_ALIGNMENT = 8  # elements: 16 bytes of bf16, what a tensor core's loads want
+ALIGNMENT = 8  # elements: 16 bytes of bf16, what a tensor core's loads want
 
 
 def curve_of(cost: Cost, name: str) -> str:
@@ -150,7 +150,7 @@ def curve_of(cost: Cost, name: str) -> str:
     """
     curve = cost.curve or name
     product = cost.primitive == Primitive.MATMUL and len(cost.size) == 3
-    return f"{curve}.unaligned" if product and any(int(n) % _ALIGNMENT for n in cost.size[1:]) else curve
+    return f"{curve}.unaligned" if product and any(int(n) % ALIGNMENT for n in cost.size[1:]) else curve
 
 
 def matmul_cost(

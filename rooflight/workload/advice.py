@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rooflight.hardware.machine import Machine
-from rooflight.ops.cost import Primitive
+from rooflight.ops.cost import ALIGNMENT, Primitive
 from rooflight.workload import split
 from rooflight.workload.case import Case
 from rooflight.workload.explanation import Advice
@@ -44,11 +44,11 @@ def _candidates(case: Case) -> Iterator[Advice]:
             config,
             replace(setting, attention="flash"),
         )
-    if config.vocab_size % _PADDED:
+    if config.vocab_size % ALIGNMENT:
         padded = -(-config.vocab_size // _PADDED) * _PADDED
         yield case.gain(
             f"pad the vocabulary to {padded:,}",
-            f"{config.vocab_size:,} is no multiple of 64, and matrix products over it run on slower kernels",
+            f"{config.vocab_size:,} is no multiple of {ALIGNMENT}, and matrix products over it run on slower kernels",
             replace(config, vocab_size=padded),
             setting,
         )

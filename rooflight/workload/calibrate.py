@@ -97,11 +97,11 @@ def _unaligned(dtype: str) -> Iterator[Trial]:
 
 
 def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
-    """What other families add: LayerNorm and GELU, per-head norms, experts, naive attention, windows and softcaps."""
+    """What other families add: LayerNorm, GELU, multi-head attention; per-head norms, experts; windows; naive attention."""
     context = 1024 if gpu else 256
-    plain = replace(
-        base, norm="layer", activation="gelu_tanh", gated=False, qkv_bias=True, mlp_bias=True, out_bias=True
-    )
+    # Multi-head, as the models with LayerNorm and GELU are: attention then has another shape too.
+    plain = replace(base, norm="layer", activation="gelu_tanh", gated=False, kv_heads=base.heads)
+    plain = replace(plain, qkv_bias=True, mlp_bias=True, out_bias=True)
     experts = replace(
         base,
         layers=same_layers(2, 0, base.layers[0].rope, sparse=True),

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from rooflight.workload import walk as walks
 from rooflight.workload.any_module import any_module
 from rooflight.workload.explain import Measured
 from rooflight.workload.factory import Factory
+from rooflight.workload.memory import over_time
 from rooflight.workload.program import Program, Setting
 from rooflight.workload.record import wall_clock
 
@@ -56,7 +58,15 @@ def measure(build: Callable[[], Program], device: str, *, graph: bool = False, s
     gc.enable()
     keep_freed_memory()
     torch.manual_seed(seed)
-    program = build()
+    try:
+        return _measured(build(), device, graph)
+    except torch.OutOfMemoryError as error:
+        raise InvalidValue(
+            f"the wet run ran out of memory on this machine's {device}; choose a smaller model, batch or context"
+        ) from error
+
+
+def _measured(program: Program, device: str, graph: bool) -> Measured:
     program.step(None)
     _wait(device)
     if device == "cuda":
@@ -147,14 +157,16 @@ def _each_on_gpu(program: Program) -> tuple[list[str], list[float]]:
 
 
 def check_fits(config: ModelConfig, setting: Setting, device: str) -> None:
-    """Raise InvalidValue where weights, states and cache of the wet run would not fit this machine's memory."""
-    needed = float(sum(walks.dry(lambda: programs.decoder(config, setting, "cpu", fold=True)).standing.values()))
+    """Raise InvalidValue where the wet run's predicted peak would not fit this machine's memory."""
     available = memory_available(device)
+    needed = over_time(
+        walks.dry(lambda: programs.decoder(config, replace(setting, text=None), "cpu", fold=True)), available
+    ).total
     if needed > available:
         name = config.name or "the model"
         raise InvalidValue(
-            f"--measure needs {needed / 2**30:.1f} GiB for weights, optimizer and KV cache of {name}, and the "
-            f"{device} here has {available / 2**30:.1f} GiB free; choose a smaller model, batch or dtype"
+            f"--measure needs {needed / 2**30:.1f} GiB at its peak for {name}, and the {device} here has "
+            f"{available / 2**30:.1f} GiB free; choose a smaller model, batch, context or dtype"
         )
 
 
