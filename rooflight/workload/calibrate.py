@@ -97,7 +97,7 @@ def _unaligned(dtype: str) -> Iterator[Trial]:
 
 
 def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
-    """What other families add: LayerNorm, GELU, multi-head attention; per-head norms, experts; windows; naive attention."""
+    """What other families add: LayerNorm, GELU and multi-head attention; experts; windows; naive attention."""
     context = 1024 if gpu else 256
     # Multi-head, as the models with LayerNorm and GELU are: attention then has another shape too.
     plain = replace(base, norm="layer", activation="gelu_tanh", gated=False, kv_heads=base.heads)
