@@ -112,6 +112,7 @@ def _variants(base: ModelConfig, dtype: str, gpu: bool) -> Iterator[Trial]:
     for config in (plain, experts, capped):
         yield Trial(config, Setting("prefill", 1, context, dtype))
         yield Trial(config, Setting("decode", 4, context, dtype))
+        yield Trial(config, Setting("decode", 1, 2 * context, dtype))
         yield Trial(config, Setting("train", 1, context, dtype))
     for phase, batch in (("prefill", 1), ("decode", 4), ("train", 1)):
         yield Trial(base, Setting(phase, batch, context, dtype, attention="naive"))
