@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from rooflight.errors import InvalidValue
 from rooflight.ops.cost import Access, Cost, elementwise_cost
-from rooflight.ops.op import Op, rows_and_columns
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, rows_and_columns
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
+_KERNELS = "rooflight.ops.kernels.activation"
 _CLAMP_LIMIT, _CLAMP_ALPHA = 7.0, 1.702
 
 # FLOPs an element of f(x), and of its derivative times the gradient, written out below as the reference computes them.
@@ -53,6 +54,23 @@ def _derivative(x: Tensor, kind: str) -> Tensor:
     return (x > 0).to(x.dtype)
 
 
+def _takes(x_TF: Tensor, kind: str) -> bool:
+    return x_TF.dtype in KERNEL_DTYPES and kind in KINDS
+
+
+def _backward_takes(grad_TF: Tensor, x_TF: Tensor, kind: str) -> bool:
+    return grad_TF.dtype in KERNEL_DTYPES and _takes(x_TF, kind)
+
+
+def _gated_takes(gate_up_T2F: Tensor, kind: str) -> bool:
+    known = kind in KINDS or kind == "clamped_swiglu"
+    return known and gate_up_T2F.dtype in KERNEL_DTYPES and gate_up_T2F.shape[-1] % 2 == 0 and gate_up_T2F.numel() > 0
+
+
+def _gated_backward_takes(grad_TF: Tensor, gate_up_T2F: Tensor, kind: str) -> bool:
+    return grad_TF.dtype in KERNEL_DTYPES and _gated_takes(gate_up_T2F, kind)
+
+
 def _activation(x_TF: Tensor, kind: str) -> Tensor:
     return _apply(x_TF, kind)
 
@@ -80,7 +98,12 @@ def _activation_backward_cost(out_TF: Tensor, grad_TF: Tensor, x_TF: Tensor, kin
 
 
 activation_backward = Op(
-    "activation_backward", _activation_backward, cost=_activation_backward_cost, shape=_activation_backward_shape
+    "activation_backward",
+    _activation_backward,
+    cost=_activation_backward_cost,
+    shape=_activation_backward_shape,
+    kernel=lazy(_KERNELS, "activation_backward"),
+    kernel_takes=_backward_takes,
 )
 
 
@@ -94,7 +117,14 @@ def _backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, None]:
 
 
 activation = Op(
-    "activation", _activation, cost=_activation_cost, shape=_activation_shape, backward=_backward, setup=_setup
+    "activation",
+    _activation,
+    cost=_activation_cost,
+    shape=_activation_shape,
+    kernel=lazy(_KERNELS, "activation"),
+    kernel_takes=_takes,
+    backward=_backward,
+    setup=_setup,
 )
 
 
@@ -162,7 +192,12 @@ def _gated_backward_cost(out_T2F: Tensor, grad_TF: Tensor, gate_up_T2F: Tensor, 
 
 
 gated_activation_backward = Op(
-    "gated_activation_backward", _gated_backward, cost=_gated_backward_cost, shape=_gated_backward_shape
+    "gated_activation_backward",
+    _gated_backward,
+    cost=_gated_backward_cost,
+    shape=_gated_backward_shape,
+    kernel=lazy(_KERNELS, "gated_activation_backward"),
+    kernel_takes=_gated_backward_takes,
 )
 
 
@@ -171,7 +206,14 @@ def _gated_op_backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, None]:
 
 
 gated_activation = Op(
-    "gated_activation", _gated, cost=_gated_cost, shape=_gated_shape, backward=_gated_op_backward, setup=_setup
+    "gated_activation",
+    _gated,
+    cost=_gated_cost,
+    shape=_gated_shape,
+    kernel=lazy(_KERNELS, "gated_activation"),
+    kernel_takes=_gated_takes,
+    backward=_gated_op_backward,
+    setup=_setup,
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import VECTOR, Access, Cost, Movement, Primitive, precision_of, tensor_bytes
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
 
 
 def _embedding(tokens_T: Tensor, weight_VD: Tensor, scale: float = 1.0) -> Tensor:
@@ -61,8 +61,17 @@ def _embedding_backward_cost(out_VD: Tensor, grad_TD: Tensor, tokens_T: Tensor, 
     )
 
 
+def _takes(grad_TD: Tensor, tokens_T: Tensor, vocabulary: int, *_: float) -> bool:
+    return grad_TD.dtype in KERNEL_DTYPES and grad_TD.shape[-1] > 0 and vocabulary < 2**31
+
+
 embedding_backward = Op(
-    "embedding_backward", _embedding_backward, cost=_embedding_backward_cost, shape=_embedding_backward_shape
+    "embedding_backward",
+    _embedding_backward,
+    cost=_embedding_backward_cost,
+    shape=_embedding_backward_shape,
+    kernel=lazy("rooflight.ops.kernels.embedding", "embedding_backward"),
+    kernel_takes=_takes,
 )
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import Cost, Count, Movement, elementwise_cost
-from rooflight.ops.op import Op, rows_and_columns
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, rows_and_columns, same_kernel_dtype
 
+_KERNELS = "rooflight.ops.kernels.norm"
+_WIDEST = 16384  # the longest row that a program's registers hold
 _MOVES = (Movement.REDUCTION, Movement.BROADCAST)
 
 
@@ -30,6 +32,10 @@ def _rms(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor:
     x = x_TD.float()
     scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     return (scaled * (weight_D.float() + offset if offset else weight_D.float())).to(x_TD.dtype)
+
+
+def _fits(x_TD: Tensor, weight_D: Tensor) -> bool:
+    return weight_D.dtype in KERNEL_DTYPES and 0 < x_TD.shape[-1] <= _WIDEST and x_TD.numel() > 0
 
 
 def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -50,6 +56,20 @@ def _with_offset(cost: Cost, weight_D: Tensor, offset: float) -> Cost:
     if not offset:
         return cost
     return replace(cost, flops={p: n + weight_D.numel() for p, n in cost.flops.items()})
+
+
+def _rms_norm_takes(x_TD: Tensor, weight_D: Tensor, *_: float) -> bool:
+    return same_kernel_dtype(x_TD) and _fits(x_TD, weight_D)
+
+
+def _add_rms_norm_takes(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *_: float) -> bool:
+    return x_TD.shape == residual_TD.shape and same_kernel_dtype(x_TD, residual_TD) and _fits(x_TD, weight_D)
+
+
+def _rms_norm_backward_takes(
+    grad_TD: Tensor, grad_residual_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, *_: float
+) -> bool:
+    return same_kernel_dtype(grad_TD, grad_residual_TD, x_TD) and _fits(x_TD, weight_D)
 
 
 def _add_rms_norm(
@@ -109,7 +129,12 @@ def _rms_norm_backward_cost(
 
 
 rms_norm_backward = Op(
-    "rms_norm_backward", _rms_norm_backward, cost=_rms_norm_backward_cost, shape=_rms_norm_backward_shape
+    "rms_norm_backward",
+    _rms_norm_backward,
+    cost=_rms_norm_backward_cost,
+    shape=_rms_norm_backward_shape,
+    kernel=lazy(_KERNELS, "rms_norm_backward"),
+    kernel_takes=_rms_norm_backward_takes,
 )
 
 
@@ -138,13 +163,22 @@ def _add_rms_backward(ctx: Any, grad_TD: Tensor | None, grad_residual_TD: Tensor
 
 
 rms_norm = Op(
-    "rms_norm", _rms_norm, cost=_rms_norm_cost, shape=_rms_norm_shape, backward=_rms_backward, setup=_rms_setup
+    "rms_norm",
+    _rms_norm,
+    cost=_rms_norm_cost,
+    shape=_rms_norm_shape,
+    kernel=lazy(_KERNELS, "rms_norm"),
+    kernel_takes=_rms_norm_takes,
+    backward=_rms_backward,
+    setup=_rms_setup,
 )
 add_rms_norm = Op(
     "add_rms_norm",
     _add_rms_norm,
     cost=_add_rms_norm_cost,
     shape=_add_rms_norm_shape,
+    kernel=lazy(_KERNELS, "add_rms_norm"),
+    kernel_takes=_add_rms_norm_takes,
     backward=_add_rms_backward,
     setup=_add_rms_setup,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import typing
 from collections.abc import Callable
@@ -24,7 +25,8 @@ class Op:
     cost(output, *args) -> Cost: its price from shapes alone (symbolic sizes included) and, where shapes
         cannot know, from `ops.batch.current()`.
     shape(*args): empty outputs for fake tensors; the reference itself when None.
-    kernel(*args): the fast path on a GPU; used when `kernel_takes(*args)` (every CUDA call when None).
+    kernel(*args): the fast path on a GPU, `lazy` where it needs an import; used when `kernel_takes(*args)` (every CUDA
+        call when None). Trailing arguments that hold their default may be missing.
     backward(ctx, *grads): as in torch.library.register_autograd, with `setup(ctx, inputs, output)`. It must compute
         through other Ops, for the backward of an operation has a price of its own.
     mutates: names of the arguments written in place.
@@ -49,6 +51,7 @@ class Op:
         hints = typing.get_type_hints(reference)
         reference.__annotations__ = {k: None if hint is type(None) else hint for k, hint in hints.items()}
         self.signature = inspect.signature(reference)
+        self._defaults = tuple(parameter.default for parameter in self.signature.parameters.values())
         schema = torch.library.infer_schema(reference, mutates_args=mutates)
         _library.define(name + schema)
         _library.impl(name, reference, "CPU")
@@ -74,9 +77,17 @@ class Op:
         return setup_context
 
     def _on_gpu(self, *args: Any) -> Any:
-        if self.kernel is None or (self.kernel_takes is not None and not self.kernel_takes(*args)):
+        kernel = self.kernel
+        # The dispatcher drops trailing arguments that hold their default.
+        args += self._defaults[len(args) :]
+        if kernel is None or (self.kernel_takes is not None and not self.kernel_takes(*args)):
             return self.reference(*args)
-        return self.kernel(*args)
+        device = _device_of(args)
+        if device is None or device.index == torch.cuda.current_device():
+            return kernel(*args)
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(device):
+            return kernel(*args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -90,6 +101,35 @@ class Op:
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device | None:
+    for arg in args:
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(first, Tensor):
+            return first.device
+    return None
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """`module.name`, imported when it is first called: Triton takes a second, and only a GPU needs it."""
+    found: list[Callable[..., Any]] = []
+
+    def kernel(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), name))
+        return found[0](*args)
+
+    return kernel
+
+
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def same_kernel_dtype(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are of one and the same of the types that our kernels load and store."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return len(dtypes) == 1 and dtypes <= KERNEL_DTYPES
 
 
 def find(overload: torch._ops.OpOverload) -> Op | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import Access, Cost, Movement, elementwise_cost
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, same_kernel_dtype
 
 
 def _rotary_table(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -100,4 +100,24 @@ def _backward(ctx: Any, grad_q_THE: Tensor | None, grad_k_TKE: Tensor | None) ->
     return grad_q, grad_k, None, None, None, None
 
 
-rotary = Op("rotary", _rotary, cost=_rotary_cost, shape=_rotary_shape, backward=_backward, setup=_setup)
+def _takes(q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor, *_: bool) -> bool:
+    tokens, channels = cos_TC.shape
+    same = q_THE.shape[0] == k_TKE.shape[0] == tokens and q_THE.shape[2] == k_TKE.shape[2]
+    return (
+        same
+        and 0 < 2 * channels <= q_THE.shape[2]
+        and same_kernel_dtype(q_THE, k_TKE)
+        and {cos_TC.dtype, sin_TC.dtype} <= KERNEL_DTYPES
+    )
+
+
+rotary = Op(
+    "rotary",
+    _rotary,
+    cost=_rotary_cost,
+    shape=_rotary_shape,
+    kernel=lazy("rooflight.ops.kernels.rope", "rotary"),
+    kernel_takes=_takes,
+    backward=_backward,
+    setup=_setup,
+)

@@ -1,0 +1,54 @@
+"""The rotary kernel under the interpreter against the reference in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .oracle import assert_close, exact, takes
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# Tokens, query heads, key heads, head dim, frequencies.
+SIZES = [(7, 3, 1, 8, 4), (3, 4, 2, 16, 3), (40, 5, 5, 64, 32), (2, 2, 1, 96, 16), (1, 1, 1, 2, 1), (300, 2, 1, 6, 3)]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("t", "h", "k", "e", "c"), SIZES)
+def test_rotary(interpret, t, h, k, e, c, interleaved, inverse, dtype):
+    args = (draw(t, h, e, dtype=dtype), draw(t, k, e, dtype=dtype, seed=1), draw(t, c, seed=2), draw(t, c, seed=3))
+    out = interpret("rope.rotary", *args, interleaved, inverse)
+    assert_close(out, exact("rotary", *args, interleaved, inverse), dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("c", [4, 6])
+def test_slices_of_fused_qkv(interpret, interleaved, c):
+    qkv = draw(11, (4 + 2 + 2) * 12)
+    q, k, _ = qkv.split([48, 24, 24], dim=-1)
+    q, k = q.unflatten(-1, (4, 12)), k.unflatten(-1, (2, 12))
+    cos, sin = draw(11, c, seed=1), draw(11, c, seed=2)
+    for pair in ((q, k), (q.transpose(1, 2).contiguous().transpose(1, 2), k), (q.flip(0), k[:, :1].expand(-1, 3, -1))):
+        out = interpret("rope.rotary", *pair, cos, sin, interleaved)
+        assert_close(out, exact("rotary", *pair, cos, sin, interleaved, False), torch.float32)
+
+
+def test_the_inverse_undoes(interpret):
+    q, k, angle = draw(5, 2, 8), draw(5, 1, 8, seed=1), draw(5, 3, seed=2)
+    turned = interpret("rope.rotary", q, k, angle.cos(), angle.sin())
+    back = interpret("rope.rotary", *turned, angle.cos(), angle.sin(), False, True)
+    assert_close(back, (q, k), torch.float32)
+
+
+def test_what_the_kernel_leaves_to_the_reference():
+    q, k, table = torch.empty(3, 2, 8), torch.empty(3, 1, 8), torch.empty(3, 4)
+    assert takes("rotary", q, k, table, table) and takes("rotary", q, k, table, table, True, True)
+    assert not takes("rotary", q.double(), k.double(), table, table)
+    assert not takes("rotary", q, k.bfloat16(), table, table)
+    assert not takes("rotary", q, k[..., :6], table, table)
+    assert not takes("rotary", q, k, table[:1], table[:1])
