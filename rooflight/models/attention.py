@@ -14,14 +14,21 @@ from rooflight.errors import InvalidValue
 from rooflight.models.config import LayerKind, ModelConfig
 from rooflight.models.layers import Linear, RMSNorm
 from rooflight.models.layout import Layout
-from rooflight.ops.attention import attention, gather_kv, naive_attention, paged_attention, write_kv
+from rooflight.ops.attention import (
+    attention,
+    gather_kv,
+    naive_attention,
+    packed_attention,
+    paged_attention,
+    write_kv,
+)
 from rooflight.ops.rope import rotary
 
 Tables = dict[Any, tuple[Tensor, Tensor]]
 
 
 class Core(nn.Module):
-    """softmax(q·kᵀ)·v over a dense layout or over the cache, with the layer's window, softcap and sinks."""
+    """softmax(q·kᵀ)·v over whole sequences or over the cache, with the layer's window, softcap and sinks."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, index: int, scale: float):
         super().__init__()
@@ -29,13 +36,24 @@ class Core(nn.Module):
         self.window, self.softcap = kind.window, config.attention_softcap
         self.sinks_H = nn.Parameter(torch.empty(config.heads)) if config.sinks else None
 
-    def dense(self, q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, layout: Layout) -> Tensor:
-        """Whole sequences; q, k, v of the same tokens."""
+    def whole(self, q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, layout: Layout) -> Tensor:
+        """Whole sequences, equally long ones or packed documents; q, k, v of the same tokens."""
+        if layout.documents is not None:
+            return self._packed(q_THE, k_TKE, v_TKU, layout)
         if layout.dense is None:
-            raise InvalidValue("dense attention without a dense layout")
+            raise InvalidValue("attention over whole sequences without a dense layout or documents")
         sequences, queries = layout.dense
         q, k, v = (x.view(sequences, queries, *x.shape[1:]) for x in (q_THE, k_TKE, v_TKU))
         return self._attend(q, k, v, layout).flatten(0, 1)
+
+    def _packed(self, q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, layout: Layout) -> Tensor:
+        documents = layout.documents
+        if documents is None or layout.dense is not None or layout.paged is not None:
+            raise InvalidValue("a layout of documents is neither dense nor paged; give it documents alone")
+        if layout.attention != "flash":
+            raise InvalidValue(f"attention {layout.attention!r} cannot keep packed documents apart; use flash")
+        options = (self.scale, self.window, self.softcap, self.sinks_H)
+        return packed_attention(q_THE, k_TKE, v_TKU, documents.starts_N1, documents.max_length, *options)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         args = (self.scale, True, self.window, self.softcap, self.sinks_H)
@@ -105,8 +123,8 @@ class Attention(nn.Module):
         if self.rope is not None:
             q_THE, k_TKE = rotary(q_THE, k_TKE, *tables[self.rope], self.rope.interleaved)
         self.core.write(k_TKE, v_TKE, layout)
-        if layout.dense is not None:
-            out_THE = self.core.dense(q_THE, k_TKE, v_TKE, layout)
+        if layout.whole:
+            out_THE = self.core.whole(q_THE, k_TKE, v_TKE, layout)
         else:
             out_THE = self.core.cached(q_THE, layout, self.head_dim)
         return self.out(out_THE.flatten(1))

@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
         q_rope, key_rope = rotary(q_rope, key_rope_TR.unsqueeze(1), *tables[self.rope], self.rope.interleaved)
         if layout.paged is not None:
             self.core.write(torch.cat((latent_TC.unsqueeze(1), key_rope), dim=-1), None, layout)
-        if layout.dense is not None:
+        if layout.whole:
             out = self._rebuilt(q_nope, q_rope, latent_TC, key_rope, layout)
         else:
             out = self._absorbed(q_nope, q_rope, layout)
@@ -69,7 +69,7 @@ class LatentAttention(nn.Module):
         kv = self.kv_up(latent_TC).unflatten(-1, (self.heads, z.nope_dim + z.value_dim))
         k_nope, v_THU = kv.split([z.nope_dim, z.value_dim], dim=-1)
         k_THE = torch.cat((k_nope, key_rope.expand(-1, self.heads, -1)), dim=-1)
-        return self.core.dense(torch.cat((q_nope, q_rope), dim=-1), k_THE, v_THU, layout)
+        return self.core.whole(torch.cat((q_nope, q_rope), dim=-1), k_THE, v_THU, layout)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, layout: Layout) -> Tensor:
         z = self.latent

@@ -1,18 +1,22 @@
-"""How the tokens of one step lie: dense rows of equal length, or ragged over a paged KV cache.
+"""How the tokens of one step lie: dense rows of equal length, packed documents, or ragged over a paged KV cache.
 
 Legend: T tokens  B sequences  M blocks a sequence at most  N blocks  P tokens a block
-        K key heads  E key dim  U value dim
+        K key heads  E key dim  U value dim  (N1 of Documents: documents + 1)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
+from rooflight.ops.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +59,46 @@ class Paged:
 
 
 @dataclass(frozen=True, slots=True)
+class Documents:
+    """Where each document begins in the flat tokens: int32 from 0 to T, rising; no document exceeds max_length.
+
+    A document may be empty, so that a step of fewer documents can have the shapes of one of more.
+    """
+
+    starts_N1: Tensor
+    max_length: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """dense (B, Q): the T tokens are B whole sequences of Q. paged: they continue what stands in the cache.
 
     Both: whole new sequences, attended densely, whose keys and values are also written to the cache.
+    documents: the T tokens are whole sequences of any lengths, one after the other; neither dense nor paged.
     attention: flash | naive.
     """
 
     dense: tuple[Any, Any] | None = None
     paged: Paged | None = None
     attention: str = "flash"
+    documents: Documents | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tokens are whole sequences, which attend to themselves and not to the cache."""
+        return self.dense is not None or self.documents is not None
+
+    @staticmethod
+    def of_documents(lengths: Sequence[int], device: Any = None, max_length: int = 0) -> tuple[Layout, Batch]:
+        """Documents of these lengths packed one after the other, and the `Batch` that prices them.
+
+        max_length: a bound that stays the same from step to step; the longest document's length when 0.
+        Raises InvalidValue on a negative length, no token at all, or a document beyond max_length.
+        """
+        longest = max(lengths, default=0)
+        if longest < 1 or min(lengths) < 0:
+            raise InvalidValue(f"document lengths {list(lengths)} need a token at least, and none may be negative")
+        if max_length and longest > max_length:
+            raise InvalidValue(f"a document of {longest} tokens exceeds max_length {max_length}; cut it into pieces")
+        starts_N1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        return Layout(documents=Documents(starts_N1, max_length or longest)), Batch.of(lengths, lengths)

@@ -5,6 +5,7 @@ Every size of a row differs from its other sizes where it means something else, 
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from .case import Case, Draw
 from .formulas import gradients
 
 T = 5  # tokens written into a cache
+# Documents packed in a row: an empty one, neighbours of one length, one of a single token.
+LENGTHS = (4, 0, 1, 3, 3, 2)
+STARTS = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
 # Sequences, queries, keys, query heads, key heads, head dim, value dim of the attention rows.
 B, Q, S, H, G, E, U = 2, 5, 7, 6, 3, 8, 4
 SCALE, CAP = 0.35, 3.0
@@ -38,6 +42,32 @@ def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: A
         (q, k, v, sink),
         g,
     )
+
+
+def _packed_args(r: Draw, value_dim: int, window: int, cap: float, sinks: bool) -> tuple[Any, ...]:
+    tokens = sum(LENGTHS)
+    tensors = (r(tokens, H, E), r(tokens, G, E), r(tokens, G, value_dim))
+    return *tensors, STARTS, max(LENGTHS), SCALE, window, cap, r(H) if sinks else None
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Each document by itself, and one behind the other."""
+    starts, _, scale, window, cap, sinks = rest
+    pieces = [slice(*piece) for piece in pairwise(starts.tolist())]
+    parts = [f.attention(q[None, p], k[None, p], v[None, p], scale, True, window, cap, sinks) for p in pieces]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
+
+
+def _packed_backward_args(r: Draw, *options: Any) -> tuple[Any, ...]:
+    args = _packed_args(r, *options)
+    out, lse = attn.packed_attention(*args)
+    return r(*out.shape), *args[:3], out, lse, *args[3:]
+
+
+def _packed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any) -> Any:
+    *options, sinks = rest
+    sink = q.new_zeros((0,)) if sinks is None else sinks
+    return gradients(lambda a, b, c, d: _packed(a, b, c, *options, None if sinks is None else d)[0], (q, k, v, sink), g)
 
 
 def _softmax_backward_args(r: Draw, cap: float, sinks: bool) -> tuple[Any, ...]:
@@ -111,6 +141,28 @@ def cases() -> list[Case]:
                 sa.attention_softmax,
                 (0, 4) if sinks else (0,),
                 label=label,
+            ),
+        ]
+    for value_dim, window, cap, sinks in ((E, 0, 0.0, False), (U, 2, CAP, True)):
+        label, options = "window-softcap-sinks" if sinks else "", (value_dim, window, cap, sinks)
+        facts = batch.Batch.of(LENGTHS, LENGTHS)
+        rows += [
+            Case(
+                "packed_attention",
+                lambda r, o=options: _packed_args(r, *o),
+                _packed,
+                sa.packed_attention,
+                (0, 1, 2, 8) if sinks else (0, 1, 2),
+                label=label,
+                batch=facts,
+            ),
+            Case(
+                "packed_attention_backward",
+                lambda r, o=options: _packed_backward_args(r, *o),
+                _packed_backward,
+                sa.packed_attention_backward,
+                label=label,
+                batch=facts,
             ),
         ]
     rows.append(  # the shape that torch's own CPU kernel takes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from .counted import Counted, dot, exp, log, maximum, tanh, total
@@ -103,6 +104,36 @@ def attention_backward(
                     _accumulate(dk[b][s][kh], ds, q[b][i][h])
                 if sinks is not None:
                     dsinks[h] = dsinks[h] - exp(sinks[h] - lse[b][h][i]) * delta
+    return dq, dk, dv, dsinks
+
+
+def packed_attention(
+    q: Any, k: Any, v: Any, starts: list[int], max_length: int, scale: float, window: int, softcap: float, sinks: Any
+) -> tuple[Any, Any]:
+    """Each document by itself."""
+    out, lse = [], [[] for _ in q[0]]
+    for i, j in pairwise(starts):
+        if i < j:
+            (rows,), (heads,) = attention([q[i:j]], [k[i:j]], [v[i:j]], scale, True, window, softcap, sinks)
+            out.extend(rows)
+            for row, part in zip(lse, heads, strict=True):
+                row.extend(part)
+    return out, lse
+
+
+def packed_attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, starts: list[int], max_length: int, *rest: Any
+) -> tuple[Any, ...]:
+    """Each document by itself; the sinks' gradients go on from one to the next."""
+    scale, window, softcap, sinks = rest
+    dq, dk, dv, dsinks = [], [], [], [0.0 for _ in sinks or ()]
+    for i, j in pairwise(starts):
+        if i < j:
+            g, a, b, c, o = ([x[i:j]] for x in (grad, q, k, v, out))
+            logs = [[row[i:j] for row in lse]]
+            pq, pk, pv, ps = attention_backward(g, a, b, c, o, logs, scale, True, window, softcap, sinks)
+            dq, dk, dv = dq + pq[0], dk + pk[0], dv + pv[0]
+            dsinks = [x + y.value for x, y in zip(dsinks, ps, strict=True)]
     return dq, dk, dv, dsinks
 
 
