@@ -108,6 +108,8 @@ class Cost:
     serial_steps: launches that wait for one another inside the operation (an RNN's time steps).
     link_bytes, group_size: for a collective, bytes a rank sends over the link and the number of ranks.
     parts: how a fused operation divides over report components; must sum to the whole.
+    workspace: bytes that the kernel on a GPU holds while it runs beyond its inputs and outputs, and has freed when it
+        returns.
     """
 
     flops: Mapping[str, Count] = field(default_factory=dict)
@@ -124,6 +126,7 @@ class Cost:
     link_bytes: Count = 0
     group_size: int = 1
     parts: tuple[Part, ...] = ()
+    workspace: Count = 0
 
     @property
     def total_flops(self) -> Count:

@@ -47,10 +47,11 @@ def logits_grad(
     return grad_TV if tanh_TV is None else grad_TV * (1 - tanh_TV * tanh_TV)
 
 
-def forward_flops(tokens: Count, vocabulary: Count, softcap: float) -> Count:
+def forward_flops(tokens: Count, vocabulary: Count, softcap: float, counted: bool = True) -> Count:
     """Maximum, subtract, exp, sum an element (softcap: divide, tanh, multiply); log, add the maximum, subtract the
-    target's logit, sum, count the token a row; one division. Every token is taken as kept: only the data knows."""
-    return tokens * vocabulary * (7 if softcap else 4) + 5 * tokens + 1
+    target's logit, sum a row, and count the token if `counted`; one division. Every token is taken as kept: only the
+    data knows."""
+    return tokens * vocabulary * (7 if softcap else 4) + (5 if counted else 4) * tokens + 1
 
 
 def gradient_flops(tokens: Count, vocabulary: Count, softcap: float) -> Count:

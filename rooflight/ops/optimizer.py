@@ -1,13 +1,8 @@
-"""AdamW as one operation over all tensors of a step, the gradient norm, and the optimizer class that calls them.
-
-m ← m + (1−β₁)(g − m); v ← β₂v + (1−β₂)g²; p ← p(1 − lr·λ) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
-(Loshchilov & Hutter 2019, 1711.05101), arithmetic in fp32 whatever the storage type is.
-"""
+"""The AdamW optimizer over the operations `adamw`, `grad_norm`, `clip_scale` and `scale_`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,173 +10,13 @@ import torch
 from torch import Tensor
 
 from rooflight.errors import InvalidValue
-from rooflight.ops.cost import Cost, Count, Movement, Primitive, elementwise_cost
-from rooflight.ops.op import Op
+from rooflight.ops.adamw import adamw
+from rooflight.ops.clipping import clip_scale, grad_norm, scale_
+
+__all__ = ["STATE_DTYPES", "AdamW", "adamw", "clip_scale", "grad_norm", "scale_"]
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    for i, param in enumerate(params):
-        stored = (masters[i] if masters else param, exp_avgs[i], exp_avg_sqs[i])
-        # Of a tensor that already is fp32, float() is the tensor itself and is updated in place.
-        value, mean, square = (tensor.float() for tensor in stored)
-        grad = grads[i].float()
-        value.mul_(1 - lr * weight_decay)
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        value.addcdiv_(mean, (square.sqrt() / root).add_(eps), value=-step_size)
-        for tensor, updated in zip(stored, (value, mean, square), strict=True):
-            if tensor is not updated:
-                tensor.copy_(updated)
-        if masters:
-            param.copy_(value)
-
-
-def _adamw_shape(*_: Any) -> None:
-    return None
-
-
-def _elements(tensors: list[Tensor]) -> Count:
-    total: Count = 0
-    for tensor in tensors:
-        total = total + tensor.numel()
-    return total
-
-
-def _adamw_cost(
-    out: None,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> Cost:
-    # Decay; m: subtract, scale, add; v: scale, square, scale, add; root, divide, add ε; scale m, divide, add: 14.
-    # In fp32 p, g, m, v are read and p, m, v written: 28 bytes a parameter. With masters, p is only written.
-    elements = _elements(params)
-    moments = (*exp_avgs, *exp_avg_sqs)
-    return elementwise_cost(
-        14 * elements,
-        (*(masters or params), *grads, *moments),
-        (*params, *masters, *moments),
-        size=(elements,),
-    )
-
-
-def _fused_adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    count = torch.full((), float(step), dtype=torch.float32, device=params[0].device)
-    torch.ops.aten._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [count] * len(params),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def _fused_takes(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    *_: Any,
-) -> bool:
-    """torch's fused AdamW has no masters and wants one storage type throughout."""
-    types = {tensor.dtype for tensor in chain(params, grads, exp_avgs, exp_avg_sqs)}
-    return bool(params) and not masters and len(types) == 1
-
-
-adamw = Op(
-    "adamw",
-    _adamw,
-    cost=_adamw_cost,
-    shape=_adamw_shape,
-    kernel=_fused_adamw,
-    kernel_takes=_fused_takes,
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"),
-)
-
-
-def _grad_norm(grads: list[Tensor]) -> Tensor:
-    return torch.stack([grad.float().square().sum() for grad in grads]).sum().sqrt()
-
-
-def _grad_norm_shape(grads: list[Tensor]) -> Tensor:
-    return grads[0].new_empty((), dtype=torch.float32)
-
-
-def _grad_norm_cost(out: Tensor, grads: list[Tensor]) -> Cost:
-    # Square and add for an element, one root.
-    elements = _elements(grads)
-    return elementwise_cost(
-        2 * elements + 1,
-        grads,
-        (out,),
-        size=(elements,),
-        primitive=Primitive.REDUCTION,
-        movement=(Movement.REDUCTION,),
-    )
-
-
-grad_norm = Op("grad_norm", _grad_norm, cost=_grad_norm_cost, shape=_grad_norm_shape)
-
-
-def _scale(grads: list[Tensor], factor: Tensor) -> None:
-    for grad in grads:
-        grad.mul_(factor.to(grad.dtype))
-
-
-def _scale_shape(grads: list[Tensor], factor: Tensor) -> None:
-    return None
-
-
-def _scale_cost(out: None, grads: list[Tensor], factor: Tensor) -> Cost:
-    elements = _elements(grads)
-    return elementwise_cost(elements, (*grads, factor), grads, size=(elements,), movement=(Movement.BROADCAST,))
-
-
-scale_ = Op("scale_", _scale, cost=_scale_cost, shape=_scale_shape, mutates=("grads",))
+CALL_STRIDE = 4096  # more calls than a step makes: one for each group and step count
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -219,6 +54,7 @@ class AdamW(torch.optim.Optimizer):
                 raise InvalidValue(f"{name} {value} is negative; use 0 or more")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype, self.masters = STATE_DTYPES[state_dtype], masters
+        self._counted: list[dict[str, Any]] = []  # states whose step count the last step raised
 
     def allocate(self) -> None:
         """Make every parameter's states now, so that a step after this one allocates nothing."""
@@ -236,39 +72,85 @@ class AdamW(torch.optim.Optimizer):
                 state["master"] = param.detach().to(torch.float32)
         return state
 
+    def _gradients(self, params: list[Tensor], grads: Mapping[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have a gradient, each with it; raises InvalidValue on one of another shape."""
+        pairs = []
+        for param in params:
+            grad = param.grad if grads is None else grads.get(param)
+            if grad is None:
+                continue
+            if grad.shape != param.shape:
+                raise InvalidValue(
+                    f"a gradient of shape {tuple(grad.shape)} is given for a parameter of shape {tuple(param.shape)}; "
+                    "give one of the parameter's own shape"
+                )
+            pairs.append((param, grad))
+        return pairs
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient; returns what `closure` returned."""
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        scale: Tensor | None = None,
+        seed: int = 0,
+        grads: Mapping[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure` returned.
+
+        scale: fp32 scalar on the device that multiplies every gradient, as `clip_scale` gives it; where it is not
+        finite, nothing changes but the step counts, which `rewind` takes back. seed: 0 rounds to nearest; any other
+        number rounds bf16 and fp16 weights (without masters) and second moments stochastically, and another number
+        for each step makes the rounding errors independent. grads: gradients of another place or type than
+        `param.grad`, such as fp32 sums over micro-batches; parameters that it does not name stay as they are.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._counted = []
+        number = 0
         for group in self.param_groups:
             # Parameters of one call share their step count and whether they have a master.
-            calls: dict[tuple[int, bool], list[tuple[Tensor, dict[str, Any]]]] = {}
-            for param in group["params"]:
-                if param.grad is not None:
-                    state = self._state_of(param)
-                    state["step"] += 1
-                    calls.setdefault((state["step"], "master" in state), []).append((param, state))
+            calls: dict[tuple[int, bool], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+            for param, grad in self._gradients(group["params"], grads):
+                state = self._state_of(param)
+                state["step"] += 1
+                self._counted.append(state)
+                calls.setdefault((state["step"], "master" in state), []).append((param, grad, state))
             for (step, has_master), members in calls.items():
                 adamw(
-                    [_local(param) for param, _ in members],
-                    [_local(param.grad) for param, _ in members if param.grad is not None],
-                    [_local(state["exp_avg"]) for _, state in members],
-                    [_local(state["exp_avg_sq"]) for _, state in members],
-                    [_local(state["master"]) for _, state in members] if has_master else [],
+                    [_local(param) for param, _, _ in members],
+                    [_local(grad) for _, grad, _ in members],
+                    [_local(state["exp_avg"]) for _, _, state in members],
+                    [_local(state["exp_avg_sq"]) for _, _, state in members],
+                    [_local(state["master"]) for _, _, state in members] if has_master else [],
+                    None if scale is None else _local(scale),
                     step,
                     group["lr"],
                     *group["betas"],
                     group["eps"],
                     group["weight_decay"],
+                    # Tensors of different calls must not share their random bits.
+                    (seed * CALL_STRIDE + number) % 2**62 + 1 if seed else 0,
                 )
+                number += 1
         return loss
+
+    def rewind(self) -> None:
+        """Take the last step's counts back, so that a step whose scale was not finite does not count.
+
+        The weights and the moments need no rewinding then: that step has not changed them. Called between that step
+        and the next; a second call does nothing.
+        """
+        for state in self._counted:
+            state["step"] -= 1
+        self._counted = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer, but states keep their own type, where torch would cast them to the parameter's."""
         super().load_state_dict(state_dict)
+        self._counted = []
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, param in zip(saved_ids, params, strict=True):

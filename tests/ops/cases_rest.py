@@ -1,4 +1,4 @@
-"""Rows of the loss, sampling, optimizer, mixture-of-experts and collective operations."""
+"""Rows of the loss, sampling, optimizer, mixture-of-experts, collective and fp8 operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflight.ops import batch, dispatch, loss
+from rooflight.ops import batch, dispatch, fp8_linear, loss
 
 from . import formulas as f
 from . import scalar_experts as se
@@ -32,10 +32,20 @@ def _loss_backward_args(r: Draw, cap: float, ignore: bool) -> tuple[Any, ...]:
     return r.fp32(), logits, targets, loss.cross_entropy(logits, targets, IGNORE, cap)[1], IGNORE, cap
 
 
-def _with_grad(x: Tensor, w: Tensor, t: Tensor, cap: float, ignore: int) -> Any:
+def _fused_loss(x: Tensor, w: Tensor, t: Tensor, cap: float, ignore: int, count: int) -> Tensor:
+    mean = f.linear_cross_entropy(x, w, t, cap, ignore)
+    return mean * int((t != ignore).sum()) / count if count else mean
+
+
+def _with_grad(x: Tensor, w: Tensor, t: Tensor, cap: float, ignore: int, count: int) -> Any:
     one = torch.ones((), dtype=x.dtype)
-    value = f.linear_cross_entropy(x, w, t, cap, ignore)
-    return value, *gradients(lambda a, b: f.linear_cross_entropy(a, b, t, cap, ignore), (x, w), one)
+    value = _fused_loss(x, w, t, cap, ignore, count)
+    return value, *gradients(lambda a, b: _fused_loss(a, b, t, cap, ignore, count), (x, w), one)
+
+
+def _scale_both(g: Tensor, x: Tensor, w: Tensor) -> None:
+    x.mul_(g)
+    w.mul_(g)
 
 
 def _losses() -> list[Case]:
@@ -66,30 +76,36 @@ def _losses() -> list[Case]:
                 label=label,
                 why=why,
             ),
-            Case(
-                "linear_cross_entropy",
-                lambda r, c=cap, i=ignore: (r(T, D), r(V, D), _targets(r, i), c, IGNORE),
-                f.linear_cross_entropy,
-                scalar(sr.linear_cross_entropy),
-                label=label,
-                why=why,
-            ),
-            Case(
-                "linear_cross_entropy_with_grad",
-                lambda r, c=cap, i=ignore: (r(T, D), r(V, D), _targets(r, i), c, IGNORE),
-                _with_grad,
-                scalar(sr.linear_cross_entropy_with_grad),
-                (0, 1),
-                label=label,
-                why=why,
-            ),
         ]
+        # The mean over the tokens here, and over those of a larger batch.
+        for count in (0, 9):
+            more = label + "-count" * bool(count)
+            rows += [
+                Case(
+                    "linear_cross_entropy",
+                    lambda r, c=cap, i=ignore, n=count: (r(T, D), r(V, D), _targets(r, i), c, IGNORE, n),
+                    _fused_loss,
+                    scalar(sr.linear_cross_entropy),
+                    label=more,
+                    why=why,
+                ),
+                Case(
+                    "linear_cross_entropy_with_grad",
+                    lambda r, c=cap, i=ignore, n=count: (r(T, D), r(V, D), _targets(r, i), c, IGNORE, n),
+                    _with_grad,
+                    scalar(sr.linear_cross_entropy_with_grad),
+                    (0, 1),
+                    label=more,
+                    why=why,
+                ),
+            ]
     rows.append(
         Case(
             "linear_cross_entropy_backward",
             lambda r: (r.fp32(), r(T, D), r(V, D)),
-            lambda g, x, w: (g * x, g * w),
+            _scale_both,
             sr.linear_cross_entropy_backward,
+            mutates=(1, 2),
         )
     )
     return rows
@@ -112,20 +128,46 @@ def _scale(grads: list[Tensor], factor: Tensor) -> None:
         grad.copy_(grad * factor)
 
 
-def _adamw_args(r: Draw, masters: bool) -> tuple[Any, ...]:
+def _clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    grad = torch.nn.Parameter(torch.zeros(1, dtype=norm.dtype))
+    grad.grad = norm.reshape(1).clone()
+    torch.nn.utils.clip_grad_norm_([grad], max_norm or float("inf"))
+    return (grad.grad / norm).reshape(())
+
+
+def _adamw_args(r: Draw, masters: bool = False, scale: float | None = None, seed: int = 0) -> tuple[Any, ...]:
     sizes = (4, 3)
     p, g, m = ([r(n) for n in sizes] for _ in range(3))
     v = [r(n).abs() for n in sizes]
-    return p, g, m, v, [x.float() for x in p] if masters else [], 3, 0.01, 0.9, 0.95, 1e-8, 0.1
+    fp32 = [x.float() for x in p] if masters else []
+    factor = None if scale is None else torch.tensor(scale)
+    return p, g, m, v, fp32, factor, 3, 0.01, 0.9, 0.95, 1e-8, 0.1, seed
+
+
+def _adamw(p: Any, g: Any, m: Any, v: Any, masters: Any, scale: Tensor | None, *rest: Any) -> None:
+    if scale is None or scale.isfinite():
+        f.adamw(p, g if scale is None else [scale * x for x in g], m, v, masters, *rest[:-1])
 
 
 def _step() -> list[Case]:
     return [
         Case("greedy", lambda r: (r.distinct(T, V),), lambda z: z.max(-1).indices, sr.greedy),
         Case("sample", _sample_args, f.sample, sr.sample),
-        Case("adamw", lambda r: _adamw_args(r, False), f.adamw, sr.adamw, mutates=(0, 2, 3)),
-        Case("adamw", lambda r: _adamw_args(r, True), f.adamw, sr.adamw, mutates=(0, 2, 3, 4), label="masters"),
+        Case("adamw", _adamw_args, _adamw, sr.adamw, mutates=(0, 2, 3)),
+        Case("adamw", lambda r: _adamw_args(r, True), _adamw, sr.adamw, mutates=(0, 2, 3, 4), label="masters"),
+        Case("adamw", lambda r: _adamw_args(r, False, 0.3), _adamw, sr.adamw, mutates=(0, 2, 3), label="scale"),
+        Case("adamw", lambda r: _adamw_args(r, False, 0.3, 5), _adamw, sr.adamw, mutates=(0, 2, 3), label="seed"),
+        Case(
+            "adamw",
+            lambda r: _adamw_args(r, True, float("inf")),
+            _adamw,
+            mutates=(0, 2, 3, 4),
+            label="called-off",
+            why="prices take every step as done",
+        ),
         Case("grad_norm", lambda r: ([r(4), r(3)],), lambda g: torch.cat(g).norm(), sr.grad_norm),
+        Case("clip_scale", lambda r: (5 + r.fp32(), 2.0), _clip_scale, sr.clip_scale),
+        Case("clip_scale", lambda r: (1 + r.fp32() / 9, 0.0), _clip_scale, sr.clip_scale, label="no-clipping"),
         Case("scale_", lambda r: ([r(4), r(3)], r.fp32()), _scale, sr.scale_, mutates=(0,)),
     ]
 
@@ -260,5 +302,66 @@ def _collectives() -> list[Case]:
     return [*rows, Case("broadcast", lambda r: (r(4, D), 1, group), collective=True, why=why)]
 
 
+def _amax(x: Tensor) -> Tensor:
+    """All in the first of the shares; how they divide is not told to anybody."""
+    return torch.cat((x.abs().max().view(1), x.new_zeros(fp8_linear.SHARES - 1)))
+
+
+def _fp8(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = torch.maximum(amax.max(), torch.tensor(2.0**-100, dtype=torch.float64)) / torch.finfo(dtype).max
+    return (x / scale).to(dtype), scale
+
+
+def _fp8_transposed(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x8, scale = _fp8(x, amax, dtype)
+    return x8.T, scale
+
+
+def _fp8_both(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x8, scale = _fp8(x, amax, dtype)
+    return x8, x8.T, scale
+
+
+def _fp8_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *rest: Any) -> Tensor:
+    out = torch.einsum("mk,nk->mn", a * scale_a, b * scale_b)
+    return out + rest[0] if isinstance(rest[0], Tensor) else out
+
+
+def _fp8_rows() -> list[Case]:
+    e4m3, e5m2 = fp8_linear.E4M3, fp8_linear.E5M2
+
+    def shares(r: Draw) -> Tensor:
+        # As large as the values are, so that nothing overflows; one share is the largest.
+        return 5 * r.fp32(fp8_linear.SHARES).abs().clamp(max=1.0)
+
+    def operands(r: Draw, rows: int, columns: int, k: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        # fp8 numbers in the row's type, which torch's checks can compare; as they are stored in test_fp8_linear.py.
+        a, b = (8 * r(rows, k)).to(dtype), (8 * r(columns, k)).to(e4m3)
+        return a.to(r.dtype), b.to(r.dtype), r.fp32().abs(), r.fp32().abs()
+
+    rows = [Case("fp8_amax", lambda r: (r(T, K),), _amax, sr.fp8_amax)]
+    casts = {
+        "fp8_quantize": (_fp8, sr.fp8_quantize),
+        "fp8_quantize_transposed": (_fp8_transposed, sr.fp8_quantize_transposed),
+        "fp8_quantize_both": (_fp8_both, sr.fp8_quantize_both),
+    }
+    for name, (formula, scalar) in casts.items():
+        for dtype, label in ((e4m3, ""), (e5m2, "gradient")):
+            rows.append(Case(name, lambda r, d=dtype: (r(T, D), shares(r), d), formula, scalar, label=label))
+    for bias in (False, True):
+        rows.append(
+            Case(
+                "fp8_linear",
+                lambda r, b=bias: (*operands(r, T, N, D, e4m3), r(N) if b else None, r.dtype),
+                _fp8_product,
+                sr.fp8_product,
+                label="bias" * bias,
+            )
+        )
+    for name, sizes in (("fp8_linear_input_grad", (T, D, N)), ("fp8_linear_weight_grad", (N, D, T))):
+        rows.append(Case(name, lambda r, s=sizes: (*operands(r, *s, e5m2), r.dtype), _fp8_product, sr.fp8_product))
+    return rows
+
+
 def cases() -> list[Case]:
-    return [*_losses(), *_step(), *_experts_rows(), *_collectives()]
+    return [*_losses(), *_step(), *_experts_rows(), *_collectives(), *_fp8_rows()]

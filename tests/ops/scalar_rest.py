@@ -1,11 +1,11 @@
-"""Loss, sampling and AdamW, element by element in plain Python."""
+"""Loss, sampling, AdamW and casts to fp8, element by element in plain Python."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from .counted import Counted, exp, larger, log, matmul, maximum, sqrt, tanh, total, transpose
+from .counted import Counted, exp, larger, log, matmul, maximum, smaller, sqrt, tanh, total, transpose
 
 
 def _capped(row: Any, softcap: float) -> tuple[Any, Any]:
@@ -20,11 +20,14 @@ def _logsumexp(row: Any) -> Counted:
     return log(total(exp(x - peak) for x in row)) + peak
 
 
-def _mean_loss(rows: Any, sums: Any, targets: list[int], ignore_index: int) -> tuple[Counted, Counted]:
-    loss, count = Counted(0), Counted(0)
+def _mean_loss(rows: Any, sums: Any, targets: list[int], ignore_index: int, of: int = 0) -> tuple[Counted, Counted]:
+    """The mean over the tokens that are kept, or over `of` tokens of which these are some."""
+    loss, count = Counted(0), Counted(of)
     for row, lse, target in zip(rows, sums, targets, strict=True):
         if target != ignore_index:
-            loss, count = loss + (lse - row[target]), count + 1
+            loss = loss + (lse - row[target])
+            if not of:
+                count = count + 1
     return loss / count, count
 
 
@@ -53,15 +56,18 @@ def cross_entropy_backward(
     ]
 
 
-def linear_cross_entropy(x: Any, weight: Any, targets: list[int], softcap: float, ignore_index: int) -> Any:
-    return cross_entropy(matmul(x, transpose(weight)), targets, ignore_index, softcap)[0]
+def linear_cross_entropy(x: Any, weight: Any, targets: list[int], softcap: float, ignore_index: int, of: int) -> Any:
+    rows = [_capped(row, softcap)[0] for row in matmul(x, transpose(weight))]
+    return _mean_loss(rows, [_logsumexp(row) for row in rows], targets, ignore_index, of)[0]
 
 
-def linear_cross_entropy_with_grad(x: Any, weight: Any, targets: list[int], softcap: float, ignore_index: int) -> Any:
+def linear_cross_entropy_with_grad(
+    x: Any, weight: Any, targets: list[int], softcap: float, ignore_index: int, of: int
+) -> Any:
     capped = [_capped(row, softcap) for row in matmul(x, transpose(weight))]
     sums = [_logsumexp(row) for row, _ in capped]
-    loss, count = _mean_loss([row for row, _ in capped], sums, targets, ignore_index)
-    factor = 1 / count
+    loss, count = _mean_loss([row for row, _ in capped], sums, targets, ignore_index, of)
+    factor = Counted(1 / of) if of else 1 / count
     grad = [
         _row_grad(row, slopes, lse, target, ignore_index, factor)
         for (row, slopes), lse, target in zip(capped, sums, targets, strict=True)
@@ -69,8 +75,9 @@ def linear_cross_entropy_with_grad(x: Any, weight: Any, targets: list[int], soft
     return loss, matmul(grad, weight), matmul(transpose(grad), x)
 
 
-def linear_cross_entropy_backward(grad: Counted, grad_x: Any, grad_weight: Any) -> Any:
-    return [[v * grad for v in row] for row in grad_x], [[v * grad for v in row] for row in grad_weight]
+def linear_cross_entropy_backward(grad: Counted, grad_x: Any, grad_weight: Any) -> None:
+    for row in (*grad_x, *grad_weight):
+        row[:] = [v * grad for v in row]
 
 
 def greedy(logits: Any) -> Any:
@@ -118,18 +125,22 @@ def adamw(
     exp_avgs: Any,
     exp_avg_sqs: Any,
     masters: Any,
+    scale: Counted | None,
     step: int,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
+    seed: int,
 ) -> None:
     step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
     keep, rest1, rest2 = 1 - lr * weight_decay, 1 - beta1, 1 - beta2
     for i, values in enumerate(masters or params):
         for j, value in enumerate(values):
             g, m, v = grads[i][j], exp_avgs[i][j], exp_avg_sqs[i][j]
+            if scale is not None:
+                g = g * scale
             m = m + (g - m) * rest1
             v = v * beta2 + g * rest2 * g
             values[j] = value * keep + m * -step_size / (sqrt(v) / root + eps)
@@ -142,7 +153,54 @@ def grad_norm(grads: Any) -> Any:
     return sqrt(total(g * g for grad in grads for g in grad))
 
 
+def clip_scale(norm: Counted, max_norm: float) -> Counted:
+    limited = smaller((max_norm or math.inf) / (norm + 1e-6), 1.0)
+    return limited if norm < math.inf else Counted(math.nan)
+
+
 def scale_(grads: Any, factor: Counted) -> None:
     for grad in grads:
         for i, g in enumerate(grad):
             grad[i] = g * factor
+
+
+# Explicit mantissa bits, least normal exponent and greatest number of each format (2209.05433, table 1).
+_FP8 = {"torch.float8_e4m3fn": (3, -6, 448.0), "torch.float8_e5m2": (2, -14, 57344.0)}
+_SHARES = 512
+
+
+def rounded_to_fp8(value: float, dtype: Any) -> float:
+    """The nearest number of the format, of two equally near ones the even one; a subnormal below the least exponent."""
+    bits, least, _ = _FP8[str(dtype)]
+    if not value:
+        return value
+    spacing = 2.0 ** (max(math.frexp(value)[1] - 1, least) - bits)
+    return round(value / spacing) * spacing
+
+
+def fp8_amax(x: Any) -> Any:
+    return [maximum((abs(v) for row in x for v in row), 0.0), *[0.0] * (_SHARES - 1)]
+
+
+def fp8_quantize(x: Any, amax: Any, dtype: Any) -> Any:
+    scale = larger(maximum(amax, 0.0), 2.0**-100) / _FP8[str(dtype)][2]
+    factor = 1 / scale
+    return [[rounded_to_fp8((v * factor).value, dtype) for v in row] for row in x], scale
+
+
+def fp8_quantize_transposed(x: Any, amax: Any, dtype: Any) -> Any:
+    x8, scale = fp8_quantize(x, amax, dtype)
+    return transpose(x8), scale
+
+
+def fp8_quantize_both(x: Any, amax: Any, dtype: Any) -> Any:
+    x8, scale = fp8_quantize(x, amax, dtype)
+    return x8, transpose(x8), scale
+
+
+def fp8_product(a: Any, b: Any, scale_a: Any, scale_b: Any, *rest: Any) -> Any:
+    factor = scale_a * scale_b
+    out = [[value * factor for value in row] for row in matmul(a, transpose(b))]
+    if not isinstance(rest[0], list):
+        return out
+    return [[value + bias for value, bias in zip(row, rest[0], strict=True)] for row in out]

@@ -61,8 +61,8 @@ def _nbytes(*tensors: Any) -> int:
 
 
 def _adamw_bytes(args: Any, out: Any) -> tuple[int, int]:
-    params, grads, means, squares, masters, *_ = args
-    return _nbytes(masters or params, grads, means, squares), _nbytes(params, masters, means, squares)
+    params, grads, means, squares, masters, scale, *_ = args
+    return _nbytes(masters or params, grads, means, squares, scale), _nbytes(params, masters, means, squares)
 
 
 def _paged_bytes(args: Any, out: Any) -> tuple[int, int]:
@@ -92,6 +92,7 @@ BY_HAND = {
     "write_kv": lambda args, out: (_nbytes(*args[:2], args[4]), _nbytes(*args[:2])),
     "paged_attention": _paged_bytes,
     "adamw": _adamw_bytes,
+    "linear_cross_entropy_backward": lambda args, out: (_nbytes(*args), _nbytes(*args[1:])),
     "scale_": lambda args, out: (_nbytes(*args), _nbytes(args[0])),
     "grouped_linear": _grouped_bytes,
     "grouped_input_grad": _grouped_bytes,
@@ -127,7 +128,7 @@ def test_broadcast_dimensions_count_once() -> None:
 
 def test_adamw_moves_28_bytes_a_parameter_in_fp32() -> None:
     tensors = [[torch.zeros(100), torch.zeros(23)] for _ in range(4)]
-    cost = OPS["adamw"].price(None, *tensors, [], 1, 1e-3, 0.9, 0.999, 1e-8, 0.0)
+    cost = OPS["adamw"].price(None, *tensors, [], None, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0)
     assert cost.total_bytes == 28 * 123
 
 

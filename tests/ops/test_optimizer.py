@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rooflight.errors import InvalidValue
-from rooflight.ops import optimizer
-from rooflight.ops.optimizer import AdamW, grad_norm, scale_
+from rooflight.ops.adamw import stochastically_rounded
+from rooflight.ops.optimizer import AdamW, adamw, clip_scale, grad_norm, scale_
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SETTINGS: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -92,18 +93,20 @@ def test_saved_and_loaded_continues_exactly() -> None:
     assert two.state[copies[0]]["master"] is not one.state[params[0]]["master"]
 
 
-def test_torchs_fused_kernel_agrees_with_the_reference() -> None:
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_cpus_fused_update_agrees_with_separate_operators(scale: float | None) -> None:
+    """fp32 tensors go through PyTorch's fused kernel; with fp32 masters the same numbers take the long way."""
+
     def lists() -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(0)
         return [[torch.rand(n, generator=generator) for n in (40, 7)] for _ in range(4)]
 
-    ours, fused = lists(), lists()
-    assert optimizer._fused_takes(*fused, [])
-    assert not optimizer._fused_takes(*fused, fused[0])
-    for update, tensors in ((optimizer._adamw, ours), (optimizer._fused_adamw, fused)):
-        params, grads, means, squares = tensors
-        update(params, grads, means, squares, [], 3, 0.1, 0.9, 0.99, 1e-8, 0.1)
-    torch.testing.assert_close(fused, ours, rtol=1e-5, atol=1e-6)
+    fused, separate, factor = lists(), lists(), None if scale is None else torch.tensor(scale)
+    masters = [x.clone() for x in separate[0]]
+    for tensors, fp32 in ((fused, []), (separate, masters)):
+        adamw(*tensors, fp32, factor, 3, 0.1, 0.9, 0.99, 1e-8, 0.1, 0)
+    torch.testing.assert_close(fused, separate, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(separate[0], masters)
 
 
 def test_clipping_as_torch_does() -> None:
@@ -115,9 +118,126 @@ def test_clipping_as_torch_does() -> None:
     grads = [p.grad for p in ours if p.grad is not None]
     found = grad_norm(grads)
     torch.testing.assert_close(found, norm)
-    scale_(grads, 1.0 / (found + 1e-6))
-    for a, b in zip(grads, theirs, strict=True):
+    scaled = [grad.clone() for grad in grads]
+    scale_(scaled, clip_scale(found, 1.0))
+    for a, b in zip(scaled, theirs, strict=True):
         torch.testing.assert_close(a, b.grad)
+    # Folded into the update instead, it is the same step.
+    AdamW(ours, **SETTINGS).step(scale=clip_scale(found, 1.0))
+    torch.optim.AdamW(theirs, **SETTINGS).step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
+def test_a_norm_that_is_not_finite_gives_a_scale_that_is_not(norm: float, max_norm: float) -> None:
+    assert clip_scale(torch.tensor(norm), max_norm).isnan()
+    assert clip_scale(torch.tensor(7.0), max_norm) == (1.0 if max_norm in (0.0, math.inf) else pytest.approx(1 / 7))
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_max_norm_that_is_none_is_refused(max_norm: float) -> None:
+    with pytest.raises(InvalidValue, match=f"max_norm {max_norm}"):
+        clip_scale(torch.tensor(1.0), max_norm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masters"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_a_step_called_off_and_rewound_never_was(dtype: torch.dtype, masters: bool) -> None:
+    params, copies = parameters(dtype), parameters(dtype)
+    one, other = AdamW(params, **SETTINGS, masters=masters), AdamW(copies, **SETTINGS, masters=masters)
+    run([one, other], [params, copies], 2)
+    before = [p.detach().clone() for p in params]
+    one.step(scale=torch.tensor(math.nan), seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    assert [one.state[p]["step"] for p in params] == [3, 2]
+    one.rewind()
+    one.rewind()
+    assert [one.state[p]["step"] for p in params] == [2, 1]
+    run([one, other], [params, copies], 2, seed=2)
+    for a, b in zip(params, copies, strict=True):
+        assert torch.equal(a, b)
+        for name, value in one.state[a].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[b][name])), name
+
+
+def test_gradients_given_apart_take_the_place_of_those_on_the_parameters() -> None:
+    params, copies = parameters(torch.bfloat16), [p.detach().float() for p in parameters(torch.bfloat16)]
+    exact = [p.requires_grad_() for p in copies]
+    sums = {p: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(params)}
+    params[0].grad = torch.full_like(params[0], math.nan)
+    for copy, grad in zip(exact, sums.values(), strict=True):
+        copy.grad = grad
+    ours = AdamW(params, **SETTINGS, masters=True)
+    ours.step(grads=sums)
+    torch.optim.AdamW(exact, **SETTINGS).step()
+    for p, copy in zip(params, exact, strict=True):
+        torch.testing.assert_close(ours.state[p]["master"], copy.detach(), rtol=1e-6, atol=1e-6)
+    before = params[1].detach().clone()
+    ours.step(grads={params[0]: sums[params[0]]})
+    assert torch.equal(params[1], before) and [ours.state[p]["step"] for p in params] == [2, 1]
+    with pytest.raises(InvalidValue, match=r"\(3, 5\) is given for a parameter of shape \(5, 3\)"):
+        ours.step(grads={params[0]: sums[params[0]].t()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_unbiased_and_gives_a_neighbour(dtype: torch.dtype) -> None:
+    info, draws = torch.finfo(dtype), 4096
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(16, generator=generator) * torch.logspace(-7 if dtype == torch.float16 else -39, 4, 16)
+    value[0], value[1] = info.max, -value[1].to(dtype).float()  # held exactly
+    found = stochastically_rounded(value.expand(draws, -1).contiguous(), dtype, generator)
+    near = value.to(dtype)
+    bits = near.view(torch.int16)
+    away = (bits + 1).view(dtype)
+    toward = torch.where(near == 0, -away, (bits - 1).view(dtype))
+    same = (found == near) | (found == away) | (found == toward)
+    assert same.all() and torch.equal(found[:, :2], near[:2].expand(draws, -1))
+    spacing = (away.double() - near.double()).abs().nan_to_num(0)
+    # The mean of n draws strays by half a spacing over √n; five times that for 16 values.
+    error = (found.double().mean(0) - value.double()).abs()
+    assert (error[1:] <= 2.5 * spacing[1:] / draws**0.5).all()
+
+
+def test_stochastic_rounding_leaves_what_is_not_finite_and_rounds_beyond_the_range_to_nearest() -> None:
+    value = torch.tensor([math.inf, -math.inf, math.nan, 65519.0, 65520.0, -70000.0, 0.0])
+    for seed in range(20):
+        found = stochastically_rounded(value, torch.float16, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(found, value.half(), rtol=0, atol=0, equal_nan=True)
+    assert stochastically_rounded(torch.tensor([3.3e38]), torch.bfloat16, torch.Generator()).isfinite().all()
+
+
+def test_a_seed_moves_weights_that_rounding_to_nearest_keeps_and_repeats_itself() -> None:
+    def stepped(seed: int) -> Tensor:
+        param = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = AdamW([param], lr=1e-4, weight_decay=0.0)
+        for step in range(4):
+            param.grad = torch.ones_like(param)
+            optimizer.step(seed=seed and seed + step)
+        return param.detach()
+
+    assert torch.equal(stepped(0), torch.ones(4096, dtype=torch.bfloat16))
+    found = stepped(1)
+    # Each of four steps is 1e-4 down, a fortieth of the spacing of 2⁻⁸ below 1.
+    assert float(found.float().mean()) == pytest.approx(1 - 4e-4, abs=5 * 2**-8 * (0.1 / 4096) ** 0.5)
+    assert torch.equal(found, stepped(1)) and not torch.equal(found, stepped(9))
+
+
+def test_second_moments_in_bf16_decay_only_with_a_seed() -> None:
+    def decayed(seed: int) -> float:
+        param = torch.zeros(4096, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = AdamW([param], betas=(0.9, 0.999), state_dtype="bf16")
+        optimizer.allocate()
+        optimizer.state[param]["exp_avg_sq"].fill_(1.0)
+        for step in range(50):
+            param.grad = torch.zeros_like(param)
+            optimizer.step(seed=seed and seed + step)
+        return float(optimizer.state[param]["exp_avg_sq"].float().mean())
+
+    assert decayed(0) == 1.0
+    assert decayed(3) == pytest.approx(0.999**50, abs=0.003)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_stochastic_rounding_is_unbiased_gives_a_neighbour_and_never_repeats_bit
 def test_stochastic_rounding_keeps_what_is_exact_and_what_is_not_finite(
     interpret: Interpreter, dtype: torch.dtype
 ) -> None:
-    largest, smallest = torch.finfo(dtype).max, float(torch.tensor(1, dtype=torch.int16).view(dtype))
+    # The interpreter loads bf16's subnormals as zero.
+    least = torch.tensor(128 if dtype == BF16 else 1, dtype=torch.int16).view(dtype)
+    largest, smallest = torch.finfo(dtype).max, float(least)
     values = torch.tensor([0.0, 1.5, largest, -largest, smallest, -3 * smallest, math.inf, math.nan])
     found = decayed(interpret, values, dtype, 0.0, 7)[0]
     torch.testing.assert_close(found, values.to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -178,7 +180,7 @@ def test_adamw_compiles_for_hopper(
 ) -> None:
     roles = [[meta(4096, 4096, dtype=dtype)] for dtype in (param, grad, moment, square)]
     fp32 = [meta(4096, 4096, dtype=FP32)] if masters else []
-    optimizer.adamw(*roles, fp32, meta(dtype=FP32), *HYPER, seed)
+    optimizer.adamw(roles[0], roles[1], roles[2], roles[3], fp32, meta(dtype=FP32), *HYPER, seed)
     (kernel,) = compiled
     assert kernel.stack == 0 and kernel.wide_loads >= 4 * 4 and kernel.wide_stores >= 4 * 3
     assert kernel.resident_threads >= 512
