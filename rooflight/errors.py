@@ -21,3 +21,7 @@ class UntraceableModule(RooflightError):
 
 class WeightsMismatch(RooflightError):
     """A checkpoint's names or shapes are not those of the model."""
+
+
+class NonFiniteStep(RooflightError):
+    """A training step whose loss or gradient norm is not finite; the weights were left as they were."""

@@ -1,6 +1,6 @@
-"""Greedy generation over a paged KV cache: one prefill of ragged prompts, then a token a step for each.
+"""Generation over a paged KV cache: one prefill of ragged prompts, then a token a step for each.
 
-Legend: T tokens of a step  B sequences  M blocks a sequence at most
+Legend: T tokens of a step  B sequences  M blocks a sequence at most  V vocabulary
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rooflight.errors import InvalidValue
 from rooflight.models.layout import KVCache, Layout, Paged
 from rooflight.models.transformer import Transformer
 from rooflight.ops import batch
-from rooflight.ops.sampling import greedy
+from rooflight.ops.sampling import greedy, sample
 
 Prefill = Literal["auto", "dense", "paged"]
 
@@ -29,9 +29,12 @@ def generate(
     *,
     block_size: int = 16,
     prefill: Prefill = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """The `max_new_tokens` likeliest next tokens of each prompt, one after the other; prompts may differ in length.
+    """The `max_new_tokens` next tokens of each prompt, one after the other; prompts may differ in length.
 
+    temperature: 0 takes the likeliest token each time; above, tokens are drawn, the same ones for the same seed.
     prefill: `dense` attends over the prompts as whole rows and needs them equally long, `paged` attends over the cache,
     `auto` takes the first where it can. Raises InvalidValue on an empty prompt, a token outside the vocabulary, and a
     context beyond the model's.
@@ -53,9 +56,11 @@ def generate(
         )
     pending = [list(prompt) for prompt in prompt_ids]
     contexts, out = [0] * len(lengths), [[] for _ in lengths]
+    draws = torch.Generator().manual_seed(seed)
     for step in range(max_new_tokens):
         contexts = [context + len(new) for context, new in zip(contexts, pending, strict=True)]
-        next_B = _step(model, cache, table_BM, pending, contexts, dense and step == 0)
+        logits_BV = _step(model, cache, table_BM, pending, contexts, dense and step == 0)
+        next_B = _draw(logits_BV, temperature, draws) if temperature else greedy(logits_BV)
         pending = [[token] for token in next_B.tolist()]
         for tokens, new in zip(out, pending, strict=True):
             tokens += new
@@ -70,7 +75,7 @@ def _step(
     contexts: list[int],
     dense: bool,
 ) -> Tensor:
-    """Run the new tokens of each sequence, whose cache then holds `contexts` tokens; the next token of each."""
+    """Run the new tokens of each sequence, whose cache then holds `contexts` tokens; the logits after each."""
     device, block_size = table_BM.device, cache.keys[0].shape[1]
     lengths = [len(tokens) for tokens in new]
     starts = [0, *accumulate(lengths)]
@@ -90,7 +95,15 @@ def _step(
     layout = Layout((len(new), lengths[0]) if dense else None, paged)
     last_B = torch.tensor(starts[1:], device=device) - 1
     with batch.use(batch.Batch.of(lengths, contexts)):
-        return greedy(model(tokens_T, positions_T, layout, select_B=last_B))
+        return model(tokens_T, positions_T, layout, select_B=last_B)
+
+
+def _draw(logits_BV: Tensor, temperature: float, draws: torch.Generator) -> Tensor:
+    rows, device = logits_BV.shape[0], logits_BV.device
+    whole = torch.ones(rows, device=device)
+    uniform_B = torch.rand(rows, generator=draws).to(device)
+    none = torch.zeros(rows, device=device)
+    return sample(logits_BV, whole * temperature, none.long(), whole, none, uniform_B)
 
 
 def _check(model: Transformer, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

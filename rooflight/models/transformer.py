@@ -5,6 +5,8 @@ Legend: T tokens  D width  V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,10 +27,11 @@ from rooflight.ops.linear import linear
 from rooflight.ops.op import Op, find
 from rooflight.ops.rope import rotary_table
 
-Recompute = Literal["none", "selective", "full"]
+# A frozenset names what selective recomputation throws away, as `recomputed_key` calls it; "selective" is RECOMPUTED.
+Recompute = Literal["none", "selective", "full"] | frozenset[str]
 
 # Cheap to compute and large to keep: what selective recomputation throws away (Korthikanti et al. 2205.05198, §5,
-# with flash attention's scores already gone). Everything else is kept.
+# with flash attention's scores already gone): below ten FLOPs a byte. Everything else is kept.
 RECOMPUTED = frozenset(
     {
         "rms_norm",
@@ -38,6 +41,9 @@ RECOMPUTED = frozenset(
         "rotary",
         "activation",
         "gated_activation",
+        "fp8_amax",
+        "fp8_quantize",
+        "fp8_quantize_both",
         "attention_scores",
         "attention_softmax",
         "attention_context",
@@ -45,14 +51,22 @@ RECOMPUTED = frozenset(
 )
 
 
-def _selective(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    op: Op | None = find(operator)
-    keep = op is not None and op.name not in RECOMPUTED
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def recomputed_key(name: str, shapes: Sequence[Sequence[Any]]) -> str:
+    """An operation as selective recomputation tells it from others: products also by the shape of their weight."""
+    if name not in ("linear", "fp8_linear"):
+        return name
+    return f"{name} {shapes[1][0]}x{shapes[1][1]}"
 
 
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_selective)
+def _selective_contexts(dropped: frozenset[str]) -> Any:
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        op: Op | None = find(operator)
+        if op is None:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        key = recomputed_key(op.name, [x.shape for x in args if isinstance(x, Tensor)])
+        return CheckpointPolicy.PREFER_RECOMPUTE if key in dropped else CheckpointPolicy.MUST_SAVE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class Embedding(nn.Module):
@@ -82,9 +96,9 @@ class Head(nn.Module):
         self.softcap = config.logits_softcap
         self.weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.width))
 
-    def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None = None, target_count: int = 0) -> Tensor:
         if targets_T is not None:
-            return linear_cross_entropy(x_TD, self.weight, targets_T, self.softcap)
+            return linear_cross_entropy(x_TD, self.weight, targets_T, self.softcap, count=target_count)
         logits_TV = linear(x_TD, self.weight, None)
         return softcap(logits_TV, self.softcap) if self.softcap else logits_TV
 
@@ -159,7 +173,10 @@ class Transformer(nn.Module):
         tables = self._tables(positions_T)
         # Full recomputation keeps what enters a layer: closed layers make that one tensor and not two.
         closed = recompute == "full"
-        options: dict[str, Any] = {"context_fn": _selective_contexts} if recompute == "selective" else {}
+        dropped = RECOMPUTED if recompute == "selective" else recompute
+        options: dict[str, Any] = {}
+        if isinstance(dropped, frozenset):
+            options["context_fn"] = partial(_selective_contexts, dropped)
         for layer in self.layers:
             if recompute == "none":
                 x_TD, residual_TD = layer(x_TD, residual_TD, tables, layout)
@@ -185,10 +202,14 @@ class Transformer(nn.Module):
         targets_T: Tensor | None = None,
         select_B: Tensor | None = None,
         recompute: Recompute = "none",
+        target_count: int = 0,
     ) -> Tensor:
-        """The loss if there are targets, else logits: of every token, or of those that `select_B` names."""
+        """The loss if there are targets, else logits: of every token, or of those that `select_B` names.
+
+        target_count: how many targets the loss is the mean over, when these tokens are a part of a batch; 0: its own.
+        """
         hidden_TD = self.hidden(tokens_T, positions_T, layout, recompute)
-        return self.head(hidden_TD if select_B is None else hidden_TD[select_B], targets_T)
+        return self.head(hidden_TD if select_B is None else hidden_TD[select_B], targets_T, target_count)
 
     @torch.no_grad()
     def initialize(self, seed: int = 0, std: float = 0.02) -> Transformer:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from rooflight.errors import InvalidValue
+from rooflight.workload.optimizers import make_optimizer, members, optimizer_states
 from rooflight.workload.outputs import differentiable
-from rooflight.workload.program import Program, Setting, in_phase, make_optimizer, optimizer_states
+from rooflight.workload.program import Program, Setting
 from rooflight.workload.record import BACKWARD, OPTIMIZER, Recorder
+from rooflight.workload.training import in_phase
 
 
 def any_module(module: nn.Module, args: tuple[Any, ...] | dict[str, Any], setting: Setting) -> Program:
@@ -25,7 +27,7 @@ def any_module(module: nn.Module, args: tuple[Any, ...] | dict[str, Any], settin
         )
     train = setting.phase == "train"
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = make_optimizer(setting.optimizer, trained) if train and trained else None
+    optimizer = make_optimizer(setting.optimizer, members(module)) if train and trained else None
     states = optimizer_states(optimizer)
     if not train:
         module.eval()

@@ -25,7 +25,7 @@ from rooflight.workload.program import Program, Setting
 from rooflight.workload.record import tensors_in
 from rooflight.workload.roofline import PROVENANCES, Timed, time_walk
 
-_NOT_SHOWN = ("phase", "batch", "context", "dtype", "text")
+_NOT_SHOWN = ("phase", "batch", "context", "dtype", "text", "recipe")
 _OF_TRAINING = ("recompute", "optimizer")
 _OF_MODULES = (("launch",), ("launch", "optimizer"))  # settings that reach a module that is not ours: dry, and training
 

@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
+from rooflight.models.feed_forward import MLP
+from rooflight.models.layers import Linear
 from rooflight.models.layout import KVCache, Layout, Paged
 from rooflight.models.transformer import Transformer
 from rooflight.ops import batch as batches
-from rooflight.ops.optimizer import AdamW
 from rooflight.ops.sampling import greedy
-from rooflight.workload.record import OPTIMIZER, Recorder
+from rooflight.workload.optimizers import build as build_optimizer
+from rooflight.workload.optimizers import make_optimizer, optimizer_states
+from rooflight.workload.record import Recorder
+from rooflight.workload.training import MicroBatch, Recipe, Trainee, stand_ins
 
 PHASES = ("prefill", "decode", "train")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What weights are kept in; of fp8, which is for training, only the products are.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 KV_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
-OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-master", "sgd", "none")
 RECOMPUTES = ("none", "selective", "full")
 BLOCK_SIZE = 16
 
@@ -35,6 +38,8 @@ class Setting:
     """What is run: the phase and its sizes (symbolic ones allowed) and the choices that change the program.
 
     text: what a wet run reads, a byte a token; random tokens when None.
+    recipe: how a training step is taken in all detail; then `batch` is a micro-batch's, and recompute and optimizer
+        are the recipe's.
     """
 
     phase: str = "prefill"
@@ -46,6 +51,7 @@ class Setting:
     attention: str = "flash"
     recompute: str = "none"
     optimizer: str = "adamw"
+    recipe: Recipe | None = None
 
 
 @dataclass(slots=True)
@@ -76,9 +82,19 @@ def _defaults(dtype: torch.dtype, device: Any) -> Iterator[None]:
 
 
 def build_model(config: ModelConfig, dtype: str, device: Any) -> Transformer:
-    """The decoder with uninitialised weights on a device."""
+    """The decoder with uninitialised weights on a device; "fp8" is bf16 weights and `use_fp8`."""
     with _defaults(DTYPES[dtype], device):
-        return Transformer(config)
+        model = Transformer(config)
+    return use_fp8(model) if dtype == "fp8" else model
+
+
+def use_fp8(model: Transformer) -> Transformer:
+    """Run the products of attention's projections and of dense feed-forwards in fp8; experts, router, head stay."""
+    for layer in model.layers:
+        blocks = [layer.attention, *([layer.ffn] if isinstance(layer.ffn, MLP) else [])]
+        for linear in (module for block in blocks for module in block.modules() if isinstance(module, Linear)):  # pyright: ignore[reportAttributeAccessIssue]
+            linear.fp8 = True
+    return model
 
 
 def _tokens(config: ModelConfig, count: Any, device: Any, text: bytes | None = None) -> Tensor:
@@ -163,27 +179,6 @@ def inference(
     return Program(model, step, standing | {"inputs": [(inputs, 1), *_buffers(model, counts)]})
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter]) -> Any:
-    """AdamW with fp32 states, with states in the weights' dtype, with fp32 master weights too; SGD; or none."""
-    if name == "none":
-        return None
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-4, foreach=True)
-    if name in OPTIMIZERS:
-        state = "bf16" if name == "adamw-bf16" else "fp32"
-        return AdamW(parameters, lr=1e-4, state_dtype=state, masters=name == "adamw-master")
-    raise InvalidValue(f"optimizer {name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
-
-
-def optimizer_states(optimizer: Any) -> list[Any]:
-    """The optimizer's state tensors, made now: a run is a step like any other, not the first."""
-    if optimizer is None:
-        return []
-    if isinstance(optimizer, AdamW):
-        optimizer.allocate()
-    return [list(state.values()) for state in optimizer.state.values()]
-
-
 def training(
     config: ModelConfig,
     setting: Setting,
@@ -194,7 +189,7 @@ def training(
     """One step: forward with the fused loss, backward, optimizer.
 
     counts: how often each folded layer stands in the whole; the optimizer is then handed stand-ins for the parameters
-    of the layers left out, one for all that repeat the same one, so that it moves what it moves for the whole model.
+    of the layers left out, so that it moves what it moves for the whole model.
     """
     if model is None:
         model = build_model(config, setting.dtype, device)
@@ -203,45 +198,34 @@ def training(
     targets_T = tokens_T.roll(-1) if setting.text else _tokens(config, tokens, device)
     positions_T = torch.arange(setting.context, device=device).repeat(setting.batch)
     layout = Layout((setting.batch, setting.context), None, setting.attention)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    repeats: list[tuple[nn.Parameter, int]] = []
-    for layer, count in zip(model.layers, counts, strict=True):
-        repeats += [(p, count - 1) for p in layer.parameters() if p.requires_grad]
-    stand_ins = [nn.Parameter(p.new_empty((extra, *p.shape))) for p, extra in repeats if extra]
-    # Their gradients are counted where the layers' records repeat; here they only fill the optimizer's list.
-    for p in stand_ins:
-        p.grad = torch.empty_like(p)
-    optimizer = make_optimizer(setting.optimizer, trained + stand_ins)
-    states = optimizer_states(optimizer)
+    facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
+    micro = MicroBatch(tokens_T, targets_T, positions_T, layout, facts)
+    trainee = make_trainee(model, setting.recipe or Recipe(setting.recompute), setting.optimizer, counts)
+    states = optimizer_states(trainee.optimizer)
+    micros = [micro] * trainee.recipe.micro_batches
+    targets = 0 if len(micros) == 1 else tokens * len(micros)
 
     def step(recorder: Recorder | None = None) -> Tensor:
-        with batches.use(facts):
-            loss = model(tokens_T, positions_T, layout, targets_T, None, setting.recompute)
-            loss.backward()
-        if recorder is not None:
-            recorder.label([p.grad for p in trained], "gradients")
-        if optimizer is not None:
-            with in_phase(recorder, OPTIMIZER):
-                optimizer.step()
-        # A run repeats the step from where it began: gradients are made afresh, as after zero_grad.
-        for p in trained:
-            p.grad = None
-        return loss.detach()
+        return trainee.step(micros, targets=targets, recorder=recorder).loss
 
-    facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
     inputs = [([tokens_T, targets_T, positions_T], 1), *_buffers(model, counts)]
     standing = {"weights": _weights(model, counts), "optimizer": [(states, 1)], "inputs": inputs}
+    standing["gradients"] = [(list(trainee.accumulators.values()), 1)]
     return Program(model, step, standing)
 
 
-@contextmanager
-def in_phase(recorder: Recorder | None, name: str) -> Iterator[None]:
-    """Mark what happens inside as belonging to a phase."""
-    if recorder is None:
-        yield
-        return
-    with recorder.phase(name):
-        yield
+def make_trainee(model: Transformer, recipe: Recipe, optimizer: str, counts: tuple[int, ...]) -> Trainee:
+    """The model with its optimizer: the recipe's own, or the one that is named."""
+    trainee = Trainee(model, recipe)
+    muon = optimizer == "muon" if recipe.update is None else recipe.update.name == "muon"
+    trainee.stand_ins = stand_ins(model, counts, hidden_apart=muon)
+    if recipe.update is None:
+        trainee.optimizer = make_optimizer(optimizer, trainee.parameters())
+    else:
+        trainee.optimizer = build_optimizer(recipe.update, trainee.parameters())
+    if recipe.fp32_gradients:
+        trainee.accumulate_in_fp32()
+    return trainee
 
 
 def decoder(

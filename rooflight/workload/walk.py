@@ -22,6 +22,7 @@ from rooflight.workload.program import Program
 from rooflight.workload.record import BACKWARD, FORWARD, RECOMPUTE, Record, Recorder, Trace, tensors_in
 from rooflight.workload.untraceable import advice, cause
 
+_PASSES = (FORWARD, BACKWARD, RECOMPUTE)
 _LAYER = re.compile(r"^layers\.(\d+)(?=\.|$)")
 
 
@@ -127,29 +128,33 @@ def expand(records: list[Record], order: tuple[int, ...]) -> list[Step]:
     """Steps of the whole run: records of each walked layer repeated at every layer that `order` maps to it."""
     if not order:
         return [Step(index, None) for index in range(len(records))]
-    forward = _run(records, (FORWARD,))
-    backward = _run(records, (BACKWARD, RECOMPUTE))
+    layers = list(enumerate(order))
     steps: list[Step] = []
     index = 0
-    while index < len(records):
-        for run, layers in ((forward, order), (backward, tuple(reversed(order)))):
-            if run is not None and index == run[0]:
-                segments = _segments(records, *run)
-                whole = range(len(order)) if layers is order else range(len(order) - 1, -1, -1)
-                for layer, folded in zip(whole, layers, strict=True):
-                    steps += [Step(i, layer) for i in segments.get(folded, ())]
-                index = run[1]
-                break
+    for start, stop, backward in _runs(records):
+        steps += [Step(i, None) for i in range(index, start)]
+        segments = _segments(records, start, stop)
+        for layer, folded in reversed(layers) if backward else layers:
+            steps += [Step(i, layer) for i in segments.get(folded, ())]
+        index = stop
+    return steps + [Step(i, None) for i in range(index, len(records))]
+
+
+def _runs(records: list[Record]) -> list[tuple[int, int, bool]]:
+    """(first record, one past the last, whether backward) of each pass through the layers, in order.
+
+    A step of several micro-batches passes forward and back several times.
+    """
+    runs: list[tuple[int, int, bool]] = []
+    for index, record in enumerate(records):
+        if layer_of(record.path) is None or record.phase not in _PASSES:
+            continue
+        backward = record.phase != FORWARD
+        if runs and runs[-1][2] == backward:
+            runs[-1] = (runs[-1][0], index + 1, backward)
         else:
-            steps.append(Step(index, None))
-            index += 1
-    return steps
-
-
-def _run(records: list[Record], phases: tuple[str, ...]) -> tuple[int, int] | None:
-    """First and one past the last record inside layers in these phases."""
-    inside = [i for i, r in enumerate(records) if r.phase in phases and layer_of(r.path) is not None]
-    return (inside[0], inside[-1] + 1) if inside else None
+            runs.append((index, index + 1, backward))
+    return runs
 
 
 def _segments(records: list[Record], start: int, stop: int) -> dict[int, list[int]]:
