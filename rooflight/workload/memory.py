@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rooflight.workload.explanation import Memory, Moment
-from rooflight.workload.walk import Walk, general_path
+from rooflight.workload.walk import Step, Walk, general_path
 
 # Storages that the run itself makes carry no label until it is known what became of them.
 ACTIVATIONS = "activations"
-CATEGORIES = ("weights", "gradients", "optimizer", ACTIVATIONS, "kv cache", "inputs")
+# What an operation holds only while it runs, beyond what it reads and writes.
+WORKSPACE = "workspace"
+CATEGORIES = ("weights", "gradients", "optimizer", ACTIVATIONS, WORKSPACE, "kv cache", "inputs")
+BEFORE = "before the run"
 _MOMENTS = 400
 
 
-def over_time(walk: Walk, capacity: float) -> Memory:
-    """Play the walk's allocations and frees in the order of the whole run."""
-    standing = {kind: float(size) for kind, size in walk.standing.items()}
-    now = {kind: standing.get(kind, 0.0) for kind in CATEGORIES}
-    peak_total, peak, peak_label = sum(now.values()), dict(now), "before the run"
-    highest = dict(now)
-    keep_every = max(1, len(walk.steps) // _MOMENTS)
-    timeline = [Moment("before the run", dict(now))]
-    for index, step in enumerate(walk.steps):
+def before(walk: Walk) -> dict[str, float]:
+    """Bytes by category before the run begins."""
+    return {kind: float(walk.standing.get(kind, 0)) for kind in CATEGORIES}
+
+
+def play(walk: Walk) -> Iterator[dict[str, float]]:
+    """Bytes by category while each step of the whole run runs, in order; one dict, changed from step to step.
+
+    What an operation makes stands with what it frees and with its workspace, for it frees when it is done.
+    """
+    now = before(walk)
+    for step in walk.steps:
         record = walk.trace.records[step.record]
         changes = [(walk.trace.kinds.get(storage, ACTIVATIONS), float(size)) for storage, size in record.changes]
         for kind, size in changes:
             now[kind] = now.get(kind, 0.0) + max(size, 0.0)
+        now[WORKSPACE] = float(record.cost.workspace)
+        yield now
+        now[WORKSPACE] = 0.0
+        for kind, size in changes:
+            now[kind] += min(size, 0.0)
+
+
+def place(walk: Walk, step: Step) -> str:
+    """Where a step stands, in words: phase, module, operation, layer."""
+    record = walk.trace.records[step.record]
+    words = f"{record.phase}: {general_path(record.path) or record.name} ({record.name})"
+    return words if step.layer is None else f"{words}, layer {step.layer}"
+
+
+def over_time(walk: Walk, capacity: float) -> Memory:
+    """Play the walk's allocations and frees in the order of the whole run."""
+    start = before(walk)
+    peak_total, peak, peak_label, highest = sum(start.values()), dict(start), BEFORE, dict(start)
+    timeline = [Moment(BEFORE, dict(start))]
+    keep_every = max(1, len(walk.steps) // _MOMENTS)
+    for index, (step, now) in enumerate(zip(walk.steps, play(walk), strict=True)):
         total = sum(now.values())
-        place = f"{record.phase}: {general_path(record.path) or record.name} ({record.name})"
-        if step.layer is not None:
-            place += f", layer {step.layer}"
         if total > peak_total:
-            peak_total, peak, peak_label = total, dict(now), place
+            peak_total, peak, peak_label = total, dict(now), place(walk, step)
         for kind, size in now.items():
             highest[kind] = max(highest.get(kind, 0.0), size)
         if index % keep_every == 0:
-            timeline.append(Moment(place, dict(now)))
-        # What an operation freed still stood while it ran.
-        for kind, size in changes:
-            now[kind] += min(size, 0.0)
+            timeline.append(Moment(place(walk, step), dict(now)))
     return Memory(
-        weights=standing.get("weights", 0.0),
-        gradients=highest.get("gradients", 0.0),
-        optimizer=highest.get("optimizer", 0.0),
-        activations_peak=highest.get(ACTIVATIONS, 0.0),
-        kv_cache=standing.get("kv cache", 0.0),
+        weights=start["weights"],
+        gradients=highest["gradients"],
+        optimizer=highest["optimizer"],
+        activations_peak=highest[ACTIVATIONS],
+        kv_cache=start["kv cache"],
         total=peak_total,
         capacity=capacity,
         peak_label=peak_label,

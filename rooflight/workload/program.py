@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from rooflight.models.config import ModelConfig
-from rooflight.models.feed_forward import MLP
 from rooflight.models.layers import Linear
 from rooflight.models.layout import KVCache, Layout, Paged
 from rooflight.models.transformer import Transformer
@@ -90,10 +89,11 @@ def build_model(config: ModelConfig, dtype: str, device: Any) -> Transformer:
 
 def use_fp8(model: Transformer) -> Transformer:
     """Run the products of attention's projections and of dense feed-forwards in fp8; experts, router, head stay."""
-    for layer in model.layers:
-        blocks = [layer.attention, *([layer.ffn] if isinstance(layer.ffn, MLP) else [])]
-        for linear in (module for block in blocks for module in block.modules() if isinstance(module, Linear)):  # pyright: ignore[reportAttributeAccessIssue]
-            linear.fp8 = True
+    for name, module in model.layers.named_modules():
+        # "3.attention.qkv", "3.ffn.up"; what lies deeper is a mixture of experts' own.
+        _, *place = name.split(".")
+        if isinstance(module, Linear) and len(place) == 2 and place[1] != "router":
+            module.fp8 = True
     return model
 
 

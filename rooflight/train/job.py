@@ -1,0 +1,159 @@
+"""From settings to everything a run stands on: device, config, tokenizer, data, model and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rooflight.errors import InvalidValue
+from rooflight.models.config import ModelConfig
+from rooflight.models.presets import resolve
+from rooflight.models.transformer import Transformer
+from rooflight.models.weights import load_pretrained
+from rooflight.train.accounting import recipe
+from rooflight.train.data import Dataset, Sources, Tokenizer, tokenize
+from rooflight.train.data import resolve as resolve_data
+from rooflight.train.settings import TrainSettings
+from rooflight.workload import program
+from rooflight.workload.training import Trainee
+
+DEFAULT_CONTEXT = 1024
+# A vocabulary for a tokenizer trained here when neither model nor user names one.
+DEFAULT_VOCABULARY = 32000
+# A model of this vocabulary reads bytes.
+BYTES = 256
+# Text that a tokenizer is trained on: more changes little and takes long.
+TOKENIZER_BYTES = 64 << 20
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """A run ready to start: `settings` are resolved, nothing in them is `auto` or 0 that stands for a default.
+
+    tokenizer: None where the data are token ids and nobody said whose.
+    """
+
+    settings: TrainSettings
+    name: str
+    config: ModelConfig
+    device: torch.device
+    tokenizer: Tokenizer | None
+    dataset: Dataset
+    trainee: Trainee
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+
+def device_of(settings: TrainSettings) -> torch.device:
+    """The device that the settings name; raises InvalidValue for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise InvalidValue("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or --dry --on MACHINE")
+    return torch.device("cuda" if settings.device != "cpu" and there else "cpu")
+
+
+def resolve_model(settings: TrainSettings, gpu: bool) -> tuple[TrainSettings, str, ModelConfig]:
+    """Settings with dtype, context and steps filled in, the model's name, and its config with the vocabulary wanted."""
+    if not settings.model:
+        raise InvalidValue(
+            "no --model given; name a preset (see `rooflight explain --list`), a config.json or a checkpoint directory"
+        )
+    name, config = resolve(settings.model)
+    if settings.vocab_size and not _has_weights(settings):
+        config = replace(config, vocab_size=settings.vocab_size)
+    context = settings.context or min(DEFAULT_CONTEXT, config.max_context)
+    if context > config.max_context:
+        raise InvalidValue(
+            f"--context {context} is beyond the model's {config.max_context} positions; use 1 to {config.max_context}"
+        )
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bf16" if gpu else "fp32"
+    settings = replace(settings, context=context, dtype=dtype)
+    if dtype == "fp32" and settings.rounding == "stochastic":
+        raise InvalidValue("--rounding stochastic is for bf16 weights; --dtype fp32 rounds nothing")
+    steps = settings.steps or -(-settings.tokens // (settings.batch_size * context))
+    return replace(settings, steps=steps, tokens=0).check(), name, config
+
+
+def _has_weights(settings: TrainSettings) -> bool:
+    path = Path(settings.model)
+    return path.is_dir() and not settings.from_scratch and any(path.glob("*.safetensors"))
+
+
+def prepare(settings: TrainSettings, say: Say) -> Job:
+    """Everything that a wet run needs; `say` is told what takes long. Raises InvalidValue on what cannot be run."""
+    device = device_of(settings)
+    settings, name, config = resolve_model(settings, device.type == "cuda")
+    if not settings.out:
+        raise InvalidValue("no --out given; name the directory that the run writes to")
+    if not settings.data:
+        raise InvalidValue("no --data given; name text files, folders, JSONL, Parquet or token shards")
+    if not settings.steps:
+        raise InvalidValue("neither --steps nor --tokens given; say how long to train")
+    sources = resolve_data(settings.data, settings.text_field)
+    tokenizer = _tokenizer(settings, config, sources, say)
+    dataset = _dataset(settings, sources, tokenizer, say)
+    if settings.export and tokenizer is None:
+        raise InvalidValue(f"--export {settings.export} needs a tokenizer, and the data are token ids; add --tokenizer")
+    ids = dataset.store.vocabulary.size
+    if config.vocab_size < ids:
+        raise InvalidValue(
+            f"the data have {ids} different tokens, {name} a vocabulary of {config.vocab_size}; "
+            f"add --vocab-size {ids} for a new model, or choose another --tokenizer"
+        )
+    model = _model(settings, config, device, say)
+    trainee = program.make_trainee(model, recipe(settings, config), settings.optimizer, tuple(1 for _ in config.layers))
+    if trainee.optimizer is not None:
+        trainee.optimizer.allocate()
+    return Job(settings, name, config, device, tokenizer, dataset, trainee)
+
+
+def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, say: Say) -> Tokenizer | None:
+    """The run's tokenizer, kept in OUT/tokenizer: the one named, the model's, or one trained on the data."""
+    kept = Path(settings.out) / "tokenizer"
+    if (kept / "tokenizer.json").is_file():
+        return Tokenizer.load(kept)
+    own = Path(settings.model)
+    if settings.tokenizer == "auto" and (own / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(own)
+    elif settings.tokenizer == "auto" and sources.tokenized:
+        return None
+    elif settings.tokenizer == "bytes" or (settings.tokenizer == "auto" and config.vocab_size == BYTES):
+        tokenizer = Tokenizer.bytes()
+    elif settings.tokenizer in ("auto", "train"):
+        size = settings.vocab_size or min(config.vocab_size, DEFAULT_VOCABULARY)
+        say(f"training a byte-level BPE tokenizer of {size} tokens on the data")
+        tokenizer = Tokenizer.train(sources.sample(TOKENIZER_BYTES), size)
+    else:
+        tokenizer = Tokenizer.load(settings.tokenizer)
+    tokenizer.save(kept)
+    # Read back, so that this run and every later one use the very same object.
+    return Tokenizer.load(kept)
+
+
+def _dataset(settings: TrainSettings, sources: Sources, tokenizer: Tokenizer | None, say: Say) -> Dataset:
+    directory = Path(settings.data_cache) if settings.data_cache else Path(settings.out) / "data"
+    store = tokenize(sources, tokenizer, directory)
+    dataset = Dataset(store, settings.context, settings.seed, holdout=settings.holdout)
+    say(
+        f"data: {store.tokens:,} tokens in {store.documents:,} documents; {dataset.rows_per_epoch:,} rows of "
+        f"{settings.context} to train on, {dataset.held_out_rows:,} held out"
+    )
+    for note in sources.notes:
+        say(f"data: {note}")
+    return dataset
+
+
+def _model(settings: TrainSettings, config: ModelConfig, device: torch.device, say: Say) -> Transformer:
+    dtype = "bf16" if settings.dtype == "fp8" else settings.dtype
+    if _has_weights(settings):
+        say(f"loading weights from {settings.model}")
+        return load_pretrained(settings.model, device, program.DTYPES[dtype])
+    return program.build_model(config, dtype, device).initialize(settings.seed)

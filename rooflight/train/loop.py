@@ -1,0 +1,328 @@
+"""The training loop: data, step, log, evaluation, samples and checkpoints, one after the other.
+
+The device is never waited for within a step: what step N left is read when step N + 1 is about to update, and an
+optimizer that met a loss or norm that is not finite has by then changed nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rooflight.errors import NonFiniteStep
+from rooflight.models.generate import generate
+from rooflight.ops import batch as batches
+from rooflight.train import accounting, state
+from rooflight.train.accounting import PeakMemory, Prediction
+from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints
+from rooflight.train.data import Prefetch
+from rooflight.train.feed import micro_batches
+from rooflight.train.job import Job
+from rooflight.train.log import GIB, Log, against, percent, rate
+from rooflight.train.profile import Profile, profile_step
+from rooflight.train.schedule import learning_rate
+from rooflight.workload import optimizers
+from rooflight.workload.record import Recorder
+from rooflight.workload.training import Outcome
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step that was taken and not looked at yet."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+    outcome: Outcome
+    applied: bool
+
+
+class Trainer:
+    """One run from its first step, or from a checkpoint's, to its last."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        log: Log,
+        prediction: Prediction | None,
+        memory: PeakMemory,
+        write_profile: Callable[[Profile], str] | None = None,
+    ):
+        self.job, self.checkpoints, self.log = job, checkpoints, log
+        self.prediction, self.memory = prediction, memory
+        self._write_profile = write_profile
+        self.step = 0  # steps taken
+        self.skipped = 0
+        self.loss = self.norm = float("nan")
+        self._pending: Pending | None = None
+        self._stop: str | None = None
+        self._busy = 0.0  # seconds of steps since the last log line
+        self._since = 0  # the step of the last log line
+        self._saved: int | None = None  # the step of the last checkpoint
+
+    def resume(self) -> bool:
+        """Take up the newest whole checkpoint; False when there is none."""
+        newest = self.checkpoints.latest()
+        for problem in self.checkpoints.problems:
+            self.log.say(f"damaged checkpoint passed over: {problem}")
+        if newest is None:
+            return False
+        meta = self.checkpoints.load(newest, state.tensors(self.job.trainee))
+        state.restore_counts(self.job.trainee, meta["counts"])
+        self.step, self.skipped = meta["step"], meta["skipped"]
+        self._saved = self._since = self.step
+        self.log.say(f"resumed from {newest} at step {self.step}")
+        self.log.event("resume", step=self.step, checkpoint=str(newest))
+        return True
+
+    def describe(self) -> str:
+        """One line on what is trained, how, and where its figures are predicted for."""
+        job, settings = self.job, self.job.settings
+        weights = sum(p.numel() for p in job.trainee.trained)
+        kept = "fp32 masters, " if settings.master_weights and settings.dtype != "fp32" else ""
+        machine = self.prediction.machine if self.prediction else None
+        where = f"predicted for {machine.title}" if machine else "no prediction of time: `rooflight probe` this machine"
+        return (
+            f"{job.name}: {weights / 1e6:,.1f}M parameters on {job.device.type}, {settings.dtype}, {kept}"
+            f"{settings.optimizer} with {settings.optimizer_dtype} states, recompute {settings.recompute}, "
+            f"{settings.batch_size} rows of {settings.context} tokens a step, {settings.micro} a forward; " + where
+        )
+
+    def run(self) -> None:
+        """Train to the last step; on SIGTERM or SIGINT save after the step at hand and return."""
+        settings = self.job.settings
+        feed = Prefetch(self.job.dataset, settings.batch_size, self.step * settings.batch_size)
+        try:
+            with self._signals():
+                while self.step < settings.steps and self._stop is None:
+                    self._one(next(feed))
+                    self._after()
+        finally:
+            feed.close()
+        self._settle()
+        if self.step >= settings.steps:
+            if settings.eval_every == 0 or self.step % settings.eval_every:
+                self.evaluate()
+            if settings.sample_every == 0 or self.step % settings.sample_every:
+                self.sample()
+        self._save()
+        self.checkpoints.wait()
+        if self._stop is not None:
+            self.log.say(f"stopped by {self._stop} after step {self.step}; go on with --resume")
+
+    def _one(self, rows: Any) -> None:
+        """One optimizer step."""
+        job, settings = self.job, self.job.settings
+        started = time.perf_counter()
+        rate_now = learning_rate(
+            self.step,
+            settings.steps,
+            kind=settings.schedule,
+            peak=settings.lr,
+            least=settings.min_lr,
+            warmup=settings.warmup,
+            decay=settings.decay,
+        )
+        optimizers.learning_rate(job.trainee.optimizer, rate_now)
+        applied = [False]
+
+        def before_update(factor: Tensor | None) -> bool:
+            self._settle()
+            applied[0] = getattr(job.trainee.optimizer, "guards_itself", True) or state.finite(factor)
+            return applied[0]
+
+        def take(recorder: Recorder | None = None) -> None:
+            outcome = job.trainee.step(
+                list(micro_batches(rows, settings.micro, job.device)),
+                targets=rows.targets,
+                seed=state.rounding_seed(settings.seed, self.step) if settings.rounding == "stochastic" else 0,
+                recorder=recorder,
+                before_update=before_update,
+            )
+            self._pending = Pending(self.step, rows.sample_ids, outcome, applied[0])
+
+        if self.step + 1 == settings.profile and self._write_profile is not None:
+            count = settings.micro_batches
+            found = profile_step(
+                take, job.trainee.model, job.device, self.prediction, step=settings.profile, micro_batches=count
+            )
+            self.log.say(self._write_profile(found))
+        else:
+            take()
+        self.step += 1
+        if job.device.type == "cpu" or self.step % settings.log_every == 0 or self.step == 1:
+            self._settle()
+        self._busy += time.perf_counter() - started
+        self._rate = rate_now
+
+    def _settle(self) -> None:
+        """Read the last step's loss and norm; what is not finite stops the run, or is skipped and counted."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        outcome = pending.outcome
+        figures = [outcome.loss.float()] + ([outcome.norm] if outcome.norm is not None else [])
+        values = torch.stack(figures).tolist()
+        if all(math.isfinite(value) for value in values):
+            self.loss, self.norm = values[0], values[-1]
+            return
+        if pending.applied:
+            self.job.trainee.optimizer.rewind()
+        loss, norm = values[0], values[-1]
+        ids = ", ".join(map(str, pending.sample_ids))
+        told = f"step {pending.step + 1}: loss {loss}, gradient norm {norm}; samples {ids}; the weights are untouched"
+        if not self.job.settings.skip_nonfinite:
+            saved = self.checkpoints.latest() or "none"
+            raise NonFiniteStep(f"{told}; last good checkpoint: {saved}; lower --lr, or go on with --skip-nonfinite")
+        self.skipped += 1
+        self.log.say(f"skipped {told}")
+        self.log.event("skip", step=pending.step + 1, loss=loss, norm=norm, samples=list(pending.sample_ids))
+
+    def _after(self) -> None:
+        """What is due after a step."""
+        settings = self.job.settings
+        if self.step % settings.log_every == 0 or self.step in (1, settings.steps):
+            self._line()
+        self.log.advance(self.step, f"loss {self.loss:.3f}")
+        last = self.step == settings.steps
+        if settings.eval_every and self.step % settings.eval_every == 0:
+            self.evaluate()
+        if settings.sample_every and self.step % settings.sample_every == 0:
+            self.sample()
+        if settings.checkpoint_every and self.step % settings.checkpoint_every == 0 and not last:
+            self._save_or_say()
+
+    def _line(self) -> None:
+        """The log line: what the steps since the last one did, beside what they should have."""
+        settings, job, prediction = self.job.settings, self.job, self.prediction
+        self._settle()
+        seconds = self._busy / max(self.step - self._since, 1)
+        self._busy, self._since = 0.0, self.step
+        tokens = settings.batch_size * settings.context
+        machine = prediction.machine if prediction else None
+        shares = accounting.utilisation(job.config, settings.context, tokens / seconds, machine, settings.dtype)
+        peak = self.memory.read()
+        predicted = prediction.seconds if prediction else None
+        predicted_peak = prediction.peak_bytes if prediction else None
+        self.log.say(
+            f"step {self.step}/{settings.steps}  loss {self.loss:.4f}  lr {self._rate:.2e}  norm {self.norm:.3f}  "
+            f"{rate(tokens / seconds)} tok/s  MFU {percent(shares.mfu)} (full {percent(shares.mfu_full)}), "
+            f"{percent(shares.of_ceiling)} of GEMM ceiling  "
+            f"memory {against(peak, predicted_peak, 1 / GIB, 'GiB')}  time {against(seconds, predicted, 1e3, 'ms')}"
+            + (f"  skipped {self.skipped}" if self.skipped else "")
+        )
+        self.log.event(
+            "step",
+            step=self.step,
+            loss=self.loss,
+            learning_rate=self._rate,
+            gradient_norm=self.norm,
+            tokens=self.step * tokens,
+            tokens_per_second=tokens / seconds,
+            mfu=shares.mfu,
+            mfu_full_attention=shares.mfu_full,
+            share_of_gemm_ceiling=shares.of_ceiling,
+            peak_bytes=peak,
+            predicted_peak_bytes=predicted_peak,
+            seconds=seconds,
+            predicted_seconds=predicted,
+            roof_seconds=prediction.roof_seconds if prediction else None,
+            skipped=self.skipped,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss on held-out rows; None when nothing is held out."""
+        self._settle()
+        job, settings = self.job, self.job.settings
+        if not job.dataset.held_out_rows:
+            return None
+        rows = job.dataset.held_out(settings.eval_rows)
+        total = 0.0
+        for micro in micro_batches(rows, 1, job.device):
+            with batches.use(micro.facts):
+                part = job.trainee.model(
+                    micro.tokens_T,
+                    micro.positions_T,
+                    micro.layout,
+                    micro.targets_T,
+                    target_count=rows.targets,
+                )
+            total += float(part)
+        self.log.say(f"step {self.step}/{settings.steps}  held-out loss {total:.4f} over {rows.targets} tokens")
+        self.log.event("evaluation", step=self.step, loss=total, tokens=rows.targets)
+        return total
+
+    def sample(self) -> str | None:
+        """A piece of text by the model as it is; None without a tokenizer."""
+        self._settle()
+        job, settings = self.job, self.job.settings
+        if job.tokenizer is None:
+            return None
+        prompt = job.tokenizer.encode(settings.sample_prompt) if settings.sample_prompt else self._beginning()
+        room = job.config.max_context - settings.sample_tokens
+        new = generate(
+            job.trainee.model,
+            [prompt[-room:]],
+            settings.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=settings.seed + self.step,
+        )[0]
+        text = job.tokenizer.decode(prompt + new)
+        self.log.say(f"step {self.step}/{settings.steps}  sample:\n" + "\n".join("    " + s for s in text.splitlines()))
+        self.log.event("sample", step=self.step, text=text)
+        return text
+
+    def _beginning(self) -> list[int]:
+        dataset = self.job.dataset
+        rows = dataset.held_out(1) if dataset.held_out_rows else dataset.rows(0, 1)
+        return [int(token) for token in rows.tokens_BQ[0, : min(8, rows.lengths[0][0])]]
+
+    def _save_or_say(self) -> None:
+        """A checkpoint on the way: a full disk is said, and training goes on to try again at the next one."""
+        for attempt in (self.checkpoints.wait, self._save):
+            try:
+                attempt()
+            except CheckpointNotSaved as error:
+                self.log.say(f"not saved: {error}")
+                self.log.event("not saved", step=self.step, error=str(error))
+
+    def _save(self) -> None:
+        self._settle()
+        if self._saved == self.step:
+            return
+        meta = {"step": self.step, "skipped": self.skipped, "counts": state.counts(self.job.trainee)}
+        self.checkpoints.save(self.step, state.tensors(self.job.trainee), meta)
+        self._saved = self.step
+        self.log.event("checkpoint", step=self.step)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT lets the step at hand end and saves; the second acts at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = signal.Signals(number).name
+            for each, before in old.items():
+                signal.signal(each, before)
+
+        old: dict[signal.Signals, Any] = {}
+        try:
+            for each in (signal.SIGTERM, signal.SIGINT):
+                old[each] = signal.signal(each, stop)
+        except ValueError:
+            pass  # not the main thread: whoever started us there handles signals
+        try:
+            yield
+        finally:
+            for each, before in old.items():
+                signal.signal(each, before)
