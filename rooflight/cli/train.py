@@ -28,7 +28,7 @@ RUN_FILE = "train.toml"
 FREE = {
     "steps", "tokens", "data_cache", "device", "out", "skip_nonfinite", "checkpoint_every", "keep", "async_checkpoint",
     "export", "log_every", "eval_every", "eval_rows", "sample_every", "sample_tokens", "sample_prompt", "tensorboard",
-    "profile", "on", "recompute", "activation_gib",
+    "profile", "on", "document_length", "recompute", "activation_gib",
 }  # fmt: skip
 
 
@@ -163,21 +163,13 @@ def train(settings: TrainSettings, *, resume: bool) -> None:
 
 def _run(job: Job, checkpoints: Any, memory: Any, resume: bool) -> None:
     from rooflight.report import perfetto
-    from rooflight.train.accounting import find_machine, memory_bytes, predict
     from rooflight.train.export import export
-    from rooflight.train.fit import refuse_if_too_large
     from rooflight.train.log import Log
     from rooflight.train.loop import Trainer
 
     settings = job.settings
-    machine = find_machine(settings.on, job.device)
-    capacity = memory_bytes(job.device)
-    prediction = predict(job.config, settings, machine, capacity)
-    refuse_if_too_large(job.config, settings, prediction, capacity)
     log = Log(job.out, settings.steps, 0, settings.tensorboard)
-    trainer = Trainer(
-        job, checkpoints, log, prediction, memory, lambda profile: perfetto.write(profile, job.out / "profile")
-    )
+    trainer = Trainer(job, checkpoints, log, memory, lambda profile: perfetto.write(profile, job.out / "profile"))
     try:
         if resume and not trainer.resume():
             log.say(f"no whole checkpoint in {checkpoints.directory}; starting from step 0")

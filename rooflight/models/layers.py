@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from rooflight.models.config import ModelConfig
+from rooflight.ops.fp8_linear import fits_fp8, fp8_linear
 from rooflight.ops.layer_norm import add_layer_norm, layer_norm
 from rooflight.ops.linear import linear
 from rooflight.ops.norm import add_rms_norm, rms_norm
 
 
 class Linear(nn.Module):
-    """y = x·Wᵀ + b."""
+    """y = x·Wᵀ + b; with `fp8` set, products in fp8 wherever the sizes allow it."""
+
+    fp8 = False
 
     def __init__(self, inputs: Any, outputs: Any, bias: bool = False, component: str = ""):
         super().__init__()
@@ -26,6 +29,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.fp8 and fits_fp8(x_TD, self.weight):
+            return fp8_linear(x_TD, self.weight, self.bias)
         return linear(x_TD, self.weight, self.bias)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -63,10 +64,11 @@ def _recipe(settings: TrainSettings) -> Recipe:
         momentum=settings.momentum,
     )
     return Recipe(
-        recompute=settings.recompute,  # pyright: ignore[reportArgumentType]
+        recompute=cast("Recompute", settings.recompute),
         clip=settings.clip,
         fp32_gradients=settings.gradient_dtype == "fp32" and half,
         micro_batches=settings.micro_batches,
+        document_length=settings.document_length,
         update=update,
     )
 

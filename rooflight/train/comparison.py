@@ -128,7 +128,7 @@ def compare(
         for kernel in seen.kernels:
             if kernel.operation is not None and kernel.operation < len(records):
                 measured[kernel.operation] += kernel.seconds
-    partners, told = _partners(records, predicted)
+    partners, told = partners_of(records, predicted)
     notes += told
     host = _host(records, seen, machine, [predicted[at] if at is not None else None for at in partners])
     profile = Profile(
@@ -197,7 +197,7 @@ def _predicted(prediction: Prediction | None, micro_batches: int) -> tuple[list[
     return slices, held
 
 
-def _partners(records: list[Record], predicted: list[Slice]) -> tuple[list[int | None], list[str]]:
+def partners_of(records: list[Record], predicted: list[Slice]) -> tuple[list[int | None], list[str]]:
     """For each recorded operation the predicted one that it is, and what is to be said where the two runs differ."""
     if not predicted:
         return [None] * len(records), []

@@ -215,15 +215,15 @@ class _Search:
     def best(self) -> list[Alternative]:
         """By falling tokens/s, without those that change more than another and are no faster."""
 
-        def beaten(change: Change, hit: Alternative) -> bool:
-            return any(
-                other.items() < change.items()
-                and (than.tokens_per_second or 0) >= (hit.tokens_per_second or 0) / (1 + ALIKE)
-                for other, than in self.hits
-            )
+        def rate(hit: Alternative) -> float:
+            return hit.tokens_per_second or 0.0
 
-        left = [(change, hit) for change, hit in self.hits if not beaten(change, hit)]
-        return [hit for _, hit in sorted(left, key=lambda pair: -(pair[1].tokens_per_second or 0.0))]
+        def beaten(change: Change, hit: Alternative) -> bool:
+            lesser = [other for given, other in self.hits if given.items() < change.items()]
+            return any(rate(other) * (1 + ALIKE) >= rate(hit) for other in lesser)
+
+        left = [hit for change, hit in self.hits if not beaten(change, hit)]
+        return sorted(left, key=rate, reverse=True)
 
 
 def _from_likely(changes: list[Change], likely: Any) -> list[Change]:

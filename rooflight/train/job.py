@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from rooflight.models.config import ModelConfig
 from rooflight.models.presets import resolve
 from rooflight.models.transformer import Transformer
 from rooflight.models.weights import load_pretrained
-from rooflight.train.accounting import recipe
+from rooflight.train.accounting import Prediction, find_machine, memory_bytes, predict, recipe
 from rooflight.train.data import Dataset, Sources, Tokenizer, tokenize
 from rooflight.train.data import resolve as resolve_data
+from rooflight.train.data.build import Progress
+from rooflight.train.fit import refuse_if_too_large
 from rooflight.train.settings import TrainSettings
 from rooflight.workload import program
 from rooflight.workload.training import Trainee
@@ -44,6 +47,7 @@ class Job:
     tokenizer: Tokenizer | None
     dataset: Dataset
     trainee: Trainee
+    prediction: Prediction
 
     @property
     def out(self) -> Path:
@@ -97,6 +101,10 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
         raise InvalidValue("no --data given; name text files, folders, JSONL, Parquet or token shards")
     if not settings.steps:
         raise InvalidValue("neither --steps nor --tokens given; say how long to train")
+    machine, capacity = find_machine(settings.on, device), memory_bytes(device)
+    # Before anything is read or made: how documents lie in the rows changes time, hardly memory.
+    prediction = predict(config, settings, machine, capacity)
+    refuse_if_too_large(config, settings, prediction, capacity)
     sources = resolve_data(settings.data, settings.text_field)
     tokenizer = _tokenizer(settings, config, sources, say)
     dataset = _dataset(settings, sources, tokenizer, say)
@@ -108,11 +116,15 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
             f"the data have {ids} different tokens, {name} a vocabulary of {config.vocab_size}; "
             f"add --vocab-size {ids} for a new model, or choose another --tokenizer"
         )
+    if not settings.document_length:
+        mean = round(dataset.store.tokens / dataset.store.documents)
+        settings = replace(settings, document_length=min(mean, settings.context))
+        prediction = predict(config, settings, machine, capacity)
     model = _model(settings, config, device, say)
     trainee = program.make_trainee(model, recipe(settings, config), settings.optimizer, tuple(1 for _ in config.layers))
     if trainee.optimizer is not None:
         trainee.optimizer.allocate()
-    return Job(settings, name, config, device, tokenizer, dataset, trainee)
+    return Job(settings, name, config, device, tokenizer, dataset, trainee, prediction)
 
 
 def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, say: Say) -> Tokenizer | None:
@@ -124,7 +136,10 @@ def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, s
     if settings.tokenizer == "auto" and (own / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(own)
     elif settings.tokenizer == "auto" and sources.tokenized:
-        return None
+        held = next((store for store in sources.stores if (store / "tokenizer" / "tokenizer.json").is_file()), None)
+        if held is None:
+            return None
+        tokenizer = Tokenizer.load(held)
     elif settings.tokenizer == "bytes" or (settings.tokenizer == "auto" and config.vocab_size == BYTES):
         tokenizer = Tokenizer.bytes()
     elif settings.tokenizer in ("auto", "train"):
@@ -140,7 +155,7 @@ def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, s
 
 def _dataset(settings: TrainSettings, sources: Sources, tokenizer: Tokenizer | None, say: Say) -> Dataset:
     directory = Path(settings.data_cache) if settings.data_cache else Path(settings.out) / "data"
-    store = tokenize(sources, tokenizer, directory)
+    store = tokenize(sources, tokenizer, directory, progress=_progress(say))
     dataset = Dataset(store, settings.context, settings.seed, holdout=settings.holdout)
     say(
         f"data: {store.tokens:,} tokens in {store.documents:,} documents; {dataset.rows_per_epoch:,} rows of "
@@ -149,6 +164,19 @@ def _dataset(settings: TrainSettings, sources: Sources, tokenizer: Tokenizer | N
     for note in sources.notes:
         say(f"data: {note}")
     return dataset
+
+
+def _progress(say: Say) -> Callable[[Progress], None]:
+    """Tell how far a long tokenization is, every ten seconds."""
+    last = [time.monotonic()]
+
+    def tell(progress: Progress) -> None:
+        if time.monotonic() - last[0] >= 10:
+            last[0] = time.monotonic()
+            share = progress.bytes_read / max(progress.bytes_total, 1)
+            say(f"tokenizing: {share:.0%}, {progress.documents:,} documents, {progress.tokens:,} tokens")
+
+    return tell
 
 
 def _model(settings: TrainSettings, config: ModelConfig, device: torch.device, say: Say) -> Transformer:

@@ -21,7 +21,7 @@ from rooflight.errors import NonFiniteStep
 from rooflight.models.generate import generate
 from rooflight.ops import batch as batches
 from rooflight.train import accounting, state
-from rooflight.train.accounting import PeakMemory, Prediction
+from rooflight.train.accounting import PeakMemory
 from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints
 from rooflight.train.data import Prefetch
 from rooflight.train.feed import micro_batches
@@ -54,12 +54,11 @@ class Trainer:
         job: Job,
         checkpoints: Checkpoints,
         log: Log,
-        prediction: Prediction | None,
         memory: PeakMemory,
         write_profile: Callable[[Profile], str] | None = None,
     ):
         self.job, self.checkpoints, self.log = job, checkpoints, log
-        self.prediction, self.memory = prediction, memory
+        self.prediction, self.memory = job.prediction, memory
         self._write_profile = write_profile
         self.step = 0  # steps taken
         self.skipped = 0
@@ -90,7 +89,7 @@ class Trainer:
         job, settings = self.job, self.job.settings
         weights = sum(p.numel() for p in job.trainee.trained)
         kept = "fp32 masters, " if settings.master_weights and settings.dtype != "fp32" else ""
-        machine = self.prediction.machine if self.prediction else None
+        machine = self.prediction.machine
         where = f"predicted for {machine.title}" if machine else "no prediction of time: `rooflight probe` this machine"
         return (
             f"{job.name}: {weights / 1e6:,.1f}M parameters on {job.device.type}, {settings.dtype}, {kept}"
@@ -141,9 +140,11 @@ class Trainer:
             applied[0] = getattr(job.trainee.optimizer, "guards_itself", True) or state.finite(factor)
             return applied[0]
 
+        micros = list(micro_batches(rows, settings.micro, job.device))
+
         def take(recorder: Recorder | None = None) -> None:
             outcome = job.trainee.step(
-                list(micro_batches(rows, settings.micro, job.device)),
+                micros,
                 targets=rows.targets,
                 seed=state.rounding_seed(settings.seed, self.step) if settings.rounding == "stochastic" else 0,
                 recorder=recorder,
@@ -152,6 +153,7 @@ class Trainer:
             self._pending = Pending(self.step, rows.sample_ids, outcome, applied[0])
 
         if self.step + 1 == settings.profile and self._write_profile is not None:
+            self._settle()
             count = settings.micro_batches
             found = profile_step(
                 take, job.trainee.model, job.device, self.prediction, step=settings.profile, micro_batches=count
@@ -209,11 +211,11 @@ class Trainer:
         seconds = self._busy / max(self.step - self._since, 1)
         self._busy, self._since = 0.0, self.step
         tokens = settings.batch_size * settings.context
-        machine = prediction.machine if prediction else None
+        machine = prediction.machine
         shares = accounting.utilisation(job.config, settings.context, tokens / seconds, machine, settings.dtype)
         peak = self.memory.read()
-        predicted = prediction.seconds if prediction else None
-        predicted_peak = prediction.peak_bytes if prediction else None
+        predicted = prediction.seconds
+        predicted_peak = prediction.peak_bytes
         self.log.say(
             f"step {self.step}/{settings.steps}  loss {self.loss:.4f}  lr {self._rate:.2e}  norm {self.norm:.3f}  "
             f"{rate(tokens / seconds)} tok/s  MFU {percent(shares.mfu)} (full {percent(shares.mfu_full)}), "
@@ -236,7 +238,7 @@ class Trainer:
             predicted_peak_bytes=predicted_peak,
             seconds=seconds,
             predicted_seconds=predicted,
-            roof_seconds=prediction.roof_seconds if prediction else None,
+            roof_seconds=prediction.roof_seconds,
             skipped=self.skipped,
         )
 

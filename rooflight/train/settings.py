@@ -102,6 +102,9 @@ class TrainSettings:
     tensorboard: bool = option(True, _L, "write TensorBoard events where tensorboard is installed")
     profile: int = option(0, _L, "at this step write OUT/profile: a Perfetto trace and the headroom table", least=0)
 
+    document_length: int = option(
+        0, _P, "tokens a document, of which rows are packed (0: the data's mean; of --dry: rows are whole)", least=0
+    )
     on: str = option("", _P, "machine to predict for (default: here as probed, else this GPU's of the catalog)")
 
     @property

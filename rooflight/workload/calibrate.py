@@ -22,9 +22,11 @@ from rooflight.models.config import ModelConfig, MoE, Rope, same_layers
 from rooflight.ops.cost import Cost, curve_of
 from rooflight.workload import program as programs
 from rooflight.workload import walk as walks
+from rooflight.workload.optimizers import Update
 from rooflight.workload.program import Setting
 from rooflight.workload.record import Record, wall_clock
 from rooflight.workload.roofline import BETWEEN_INFERENCE, BETWEEN_TRAINING
+from rooflight.workload.training import Recipe
 
 # Operations whose weights or cache a real step reads from memory, not from the cache that a repeat would leave them in.
 _COLD = frozenset({"linear", "head_linear", "grouped_linear", "linear_input_grad", "paged_attention", "gather_kv"})
@@ -83,9 +85,17 @@ def _trials(device: torch.device) -> Iterator[Trial]:
                 yield Trial(config, Setting("decode", batch, context, dtype))
             # On a CPU, steps of the widest model would take the time of all the rest.
             for batch, context in batches if gpu or place < 2 else ():
-                # Masters are the widest optimizer; plain states are a second point on the same curve.
-                yield Trial(config, Setting("train", batch, context, dtype, optimizer="adamw-master"))
-                yield Trial(config, Setting("train", batch, max(context // 4, 16), dtype))
+                # Masters are the widest optimizer, states as narrow as the weights the leanest; and packed documents.
+                yield _training(config, batch, context, dtype, Update(masters=True))
+                yield _training(config, batch, max(context // 4, 16), dtype, Update(state_dtype="bf16"))
+                yield _training(config, batch, context, dtype, Update(), max(context // 8, 16))
+
+
+def _training(
+    config: ModelConfig, batch: int, context: int, dtype: str, update: Update, document_length: int = 0
+) -> Trial:
+    recipe = Recipe(clip=1.0, update=update, document_length=document_length)
+    return Trial(config, Setting("train", batch, context, dtype, recipe=recipe))
 
 
 def _unaligned(dtype: str) -> Iterator[Trial]:

@@ -34,7 +34,6 @@ def play(walk: Walk) -> Iterator[dict[str, float]]:
             now[kind] = now.get(kind, 0.0) + max(size, 0.0)
         now[WORKSPACE] = float(record.cost.workspace)
         yield now
-        now[WORKSPACE] = 0.0
         for kind, size in changes:
             now[kind] += min(size, 0.0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rooflight.models.config import ModelConfig
 from rooflight.models.layers import Linear
 from rooflight.models.layout import KVCache, Layout, Paged
-from rooflight.models.transformer import Transformer
+from rooflight.models.transformer import Recompute, Transformer
 from rooflight.ops import batch as batches
 from rooflight.ops.sampling import greedy
 from rooflight.workload.optimizers import build as build_optimizer
@@ -197,10 +197,10 @@ def training(
     tokens_T = _tokens(config, tokens, device, setting.text)
     targets_T = tokens_T.roll(-1) if setting.text else _tokens(config, tokens, device)
     positions_T = torch.arange(setting.context, device=device).repeat(setting.batch)
-    layout = Layout((setting.batch, setting.context), None, setting.attention)
-    facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
+    recipe = setting.recipe or Recipe(cast("Recompute", setting.recompute))
+    layout, facts = _rows(setting, recipe.document_length, device)
     micro = MicroBatch(tokens_T, targets_T, positions_T, layout, facts)
-    trainee = make_trainee(model, setting.recipe or Recipe(setting.recompute), setting.optimizer, counts)
+    trainee = make_trainee(model, recipe, setting.optimizer, counts)
     states = optimizer_states(trainee.optimizer)
     micros = [micro] * trainee.recipe.micro_batches
     targets = 0 if len(micros) == 1 else tokens * len(micros)
@@ -212,6 +212,16 @@ def training(
     standing = {"weights": _weights(model, counts), "optimizer": [(states, 1)], "inputs": inputs}
     standing["gradients"] = [(list(trainee.accumulators.values()), 1)]
     return Program(model, step, standing)
+
+
+def _rows(setting: Setting, document_length: int, device: Any) -> tuple[Layout, batches.Batch]:
+    """Whole rows, or rows packed with documents of one length and the rest of the row."""
+    if not 0 < document_length < setting.context:
+        facts = batches.Batch.uniform(setting.batch, setting.context, setting.context)
+        return Layout((setting.batch, setting.context), None, setting.attention), facts
+    whole, rest = divmod(setting.context, document_length)
+    row = [document_length] * whole + ([rest] if rest else [])
+    return Layout.of_documents(row * setting.batch, device, setting.context)
 
 
 def make_trainee(model: Transformer, recipe: Recipe, optimizer: str, counts: tuple[int, ...]) -> Trainee:

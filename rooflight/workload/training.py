@@ -36,6 +36,7 @@ class MicroBatch:
 class Recipe:
     """How a step is taken, beyond the model and its optimizer.
 
+    document_length: rows are packed with documents of this length (what is left ends the row); 0: a row is one.
     micro_batches: forwards and backwards a step. update: the optimizer, where it is not named otherwise.
     clip: the largest norm that gradients may keep, 0 for any; None leaves even the norm uncomputed.
     fp32_gradients: gradients of micro-batches add up in fp32 whatever the weights are.
@@ -46,6 +47,7 @@ class Recipe:
     fp32_gradients: bool = False
     micro_batches: int = 1
     update: Update | None = None
+    document_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from rooflight.models.config import ModelConfig
 from rooflight.models.layout import Layout
 from rooflight.ops.batch import Batch
 from rooflight.train.accounting import Prediction, predict, recipe
-from rooflight.train.comparison import Profile
+from rooflight.train.comparison import Profile, partners_of
 from rooflight.train.kernel_trace import KernelTrace, read_trace, traced
 from rooflight.train.profile import compare, profile_step
 from rooflight.train.settings import TrainSettings
@@ -173,6 +173,22 @@ def test_a_step_that_does_other_work_is_matched_and_told() -> None:
     linears = [each for each in found.host if each.name == "linear"]
     assert all(each.expected_seconds is not None for each in linears)
     assert len(found.host) == len(found.predicted) + 3
+
+
+def test_operations_are_matched_in_their_order() -> None:
+    at = settings(micro_batch_size=2)
+    prediction = predict(CONFIG, at, CPU)
+    made, micros = trainee(CONFIG, at)
+    with Recorder(made.model) as recorder:
+        torch.zeros(2)
+        made.step(micros, targets=64, recorder=recorder)
+    predicted = profiled(at, prediction).predicted
+    found, notes = partners_of(recorder.records, predicted)
+    assert found == [None, *range(len(predicted))]
+    assert notes[1:] == ["in the step alone: aten.zeros ×1"]
+    found, notes = partners_of(recorder.records[1:-1], predicted)
+    assert found == list(range(len(predicted) - 1))
+    assert notes[1:] == [f"predicted alone: {predicted[-1].name} ×1"]
 
 
 def test_an_operator_without_a_price_does_not_stop_the_run() -> None:

@@ -3,7 +3,7 @@
 The norm is deterministic: each program leaves the sum of squares of its chunk, and one program adds these up in order.
 """
 
-# ruff: noqa: ANN001, ANN202 - arguments of Triton functions are blocks and scalars of its language, without annotations
+# ruff: noqa: ANN001, ANN201, ANN202 - what Triton functions take are blocks and scalars of its language
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ and writes (softmax − one-hot)·factor over it. The weight's gradient adds up 
 Legend: T tokens  V vocabulary  D width  N tokens of a chunk
 """
 
-# ruff: noqa: ANN001, ANN202 - arguments of Triton functions are blocks and scalars of its language, without annotations
+# ruff: noqa: ANN001, ANN201, ANN202 - what Triton functions take are blocks and scalars of its language
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def row_losses(
 ) -> None:
     """Losses of a chunk's rows; with a factor (fp32, on the device) the logits become their gradient times it.
 
-    A target outside the vocabulary that is not `ignore_index` gives NaN. Rows of `logits_NV` are padded to their stride.
+    A target outside the vocabulary that is not `ignore_index` gives NaN. Rows may be padded to their stride.
     """
     vocabulary, targets_N = logits_NV.shape[1], targets_N.contiguous()
     block = min(BLOCK, triton.next_power_of_2(vocabulary))

@@ -4,7 +4,7 @@ A program updates one chunk of one tensor, which it finds in the tables of `tens
 to step is compiled in. A gradient scale that is not finite ends every program before it has written.
 """
 
-# ruff: noqa: ANN001, ANN202 - arguments of Triton functions are blocks and scalars of its language, without annotations
+# ruff: noqa: ANN001, ANN201, ANN202 - what Triton functions take are blocks and scalars of its language
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
