@@ -43,26 +43,33 @@ class Batch:
 
 
 _current: ContextVar[Batch | None] = ContextVar("rooflight_batch", default=None)
+_latest: Batch | None = None
 
 
 @contextmanager
 def use(batch: Batch) -> Iterator[Batch]:
     """Make `batch` the one that cost functions read inside the block."""
-    token = _current.set(batch)
+    global _latest
+    token, before = _current.set(batch), _latest
+    _latest = batch
     try:
         yield batch
     finally:
         _current.reset(token)
+        _latest = before
 
 
 def current_or_none() -> Batch | None:
-    """The batch in force, or None outside of any."""
-    return _current.get()
+    """The batch in force, or None outside of any.
+
+    A thread that set none, as autograd's for a GPU, takes the one that is in force in another.
+    """
+    return _current.get() or _latest
 
 
 def current() -> Batch:
     """The batch in force; an operation over a KV cache cannot be priced without one."""
-    batch = _current.get()
+    batch = current_or_none()
     if batch is None:
         raise RooflightError(
             "this operation's cost depends on context lengths, which no tensor shape holds; "

@@ -151,6 +151,8 @@ def utilisation(
     if machine is None:
         return Utilisation(None, None, None)
     causal, full = flops_per_token(config, context)
+    # Attention and head stay in bf16, and runs in fp8 are compared with runs in bf16: one peak for both.
+    dtype = "bf16" if dtype == "fp8" else dtype
     peak, unit = machine.peak(dtype)
     ceiling = machine.measured.get(f"matmul.{dtype}") or machine.measured.get(f"matmul.{unit}")
     return Utilisation(

@@ -180,8 +180,14 @@ def _progress(say: Say) -> Callable[[Progress], None]:
 
 
 def _model(settings: TrainSettings, config: ModelConfig, device: torch.device, say: Say) -> Transformer:
-    dtype = "bf16" if settings.dtype == "fp8" else settings.dtype
-    if _has_weights(settings):
-        say(f"loading weights from {settings.model}")
-        return load_pretrained(settings.model, device, program.DTYPES[dtype])
-    return program.build_model(config, dtype, device).initialize(settings.seed)
+    if settings.dtype == "fp8":
+        if device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9):
+            say("fp8 is emulated on this device, and slow: GPUs have it from compute capability 8.9 on")
+        if settings.micro * settings.context % 16:
+            tokens = settings.micro * settings.context
+            say(f"fp8 products need a multiple of 16 tokens a forward, and {tokens} is none: bf16 takes their place")
+    if not _has_weights(settings):
+        return program.build_model(config, settings.dtype, device).initialize(settings.seed)
+    say(f"loading weights from {settings.model}")
+    model = load_pretrained(settings.model, device, program.DTYPES[settings.dtype])
+    return program.use_fp8(model) if settings.dtype == "fp8" else model

@@ -1,4 +1,4 @@
-"""Packed documents on a GPU: both variable-length kernels, and the way without one, against fp64 over a mask."""
+"""Packed documents on a GPU: the variable-length kernel, and the way without one, against fp64 over a mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rooflight.models.layout import Layout
-from rooflight.ops.attention import cuda_packed, packed_attention
+from rooflight.ops.attention import packed_attention
 from tests.ops.test_packed_attention import starts_of
 
 pytestmark = pytest.mark.gpu
@@ -30,12 +30,6 @@ def exact(q, k, v, lengths, scale, window, cap, sinks):
     return torch.einsum("hqs,shu->qhu", probs, v.repeat_interleave(groups, 1)), lse
 
 
-@pytest.fixture(params=["flash", "cudnn"])
-def kernel(request, monkeypatch):
-    monkeypatch.setattr(cuda_packed, "kernel", request.param)
-    return request.param
-
-
 # The mode that refuses to wait warns once that it is young.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -43,7 +37,7 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize(
     ("window", "cap", "sinks"), [(0, 0.0, False), (100, 0.0, False), (0, 0.0, True), (100, 5.0, True)]
 )
-def test_values_and_gradients(kernel, lengths, kv_heads, head_dim, value_dim, window, cap, sinks):
+def test_values_and_gradients(lengths, kv_heads, head_dim, value_dim, window, cap, sinks):
     torch.manual_seed(0)
 
     def draw(*shape):
@@ -75,7 +69,7 @@ def test_values_and_gradients(kernel, lengths, kv_heads, head_dim, value_dim, wi
         assert error < 2e-2, error
 
 
-def test_one_row_is_captured_in_a_cuda_graph(kernel):
+def test_one_row_is_captured_in_a_cuda_graph():
     """Lengths that change between replays are read by the kernels and not by the host."""
     torch.manual_seed(0)
     tokens, heads, head_dim = 512, 4, 64

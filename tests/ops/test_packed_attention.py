@@ -237,35 +237,15 @@ class Kernels:
         window = 0 if window_size_left is None else window_size_left + 1
         return self._grads((grad, q, k, v, out, lse, starts), scale, window)
 
-    def _cudnn_attention_forward(
-        self, q, k, v, bias, starts, starts_k, longest, longest_k, with_lse, dropout, causal, debug, *, scale
-    ):
-        assert bias is None and starts is starts_k and with_lse and causal
-        assert all(x.is_contiguous() for x in (q, k, v))
-        self.calls.append("cudnn")
-        out, lse = self._run(q, k, v, starts, scale, 0)
-        return out.to(q.dtype), lse.float().t().contiguous().unsqueeze(-1), starts, starts_k, longest, longest_k
 
-    def _cudnn_attention_backward(
-        self, grad, q, k, v, out, lse, seed, offset, bias, starts, starts_k, longest, longest_k, dropout, causal, *,
-        scale,
-    ):  # fmt: skip
-        assert bias is None and causal and lse.shape == (*q.shape[:2], 1) and seed.dim() == offset.dim() == 0
-        assert all(x.is_contiguous() for x in (grad, q, k, v, out, lse))
-        self.calls.append("cudnn backward")
-        return self._grads((grad, q, k, v, out, lse.squeeze(-1).t(), starts), scale, 0)
-
-
-@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
 @pytest.mark.parametrize(("window", "sinks"), [(0, False), (3, False), (0, True), (3, True)])
 @pytest.mark.parametrize("shape", [(6, 2, 8, 8), (4, 1, 16, 8)], ids=str)
 def test_what_stands_around_the_gpu_kernels(
-    kernel: Any, window: int, sinks: bool, shape: Any, monkeypatch: pytest.MonkeyPatch
+    window: int, sinks: bool, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value channels filled up and cut off again, sinks, and the layouts, with the kernels themselves stood in for."""
     aten = Kernels()
     monkeypatch.setattr(cuda_packed, "_aten", aten)
-    monkeypatch.setattr(cuda_packed, "kernel", kernel)
     lengths = (5, 1, 8)
     *qkv, grad, sink = tensors = draw(lengths, shape, torch.bfloat16)
     options = (starts_of(lengths), 8, SCALE, window, 0.0, sink if sinks else None)
@@ -276,8 +256,7 @@ def test_what_stands_around_the_gpu_kernels(
     wanted, wanted_grads = oracle(tensors, lengths, window, 0.0, sinks)
     close((out, lse), wanted, 2e-2)
     close(found[: len(wanted_grads)], wanted_grads, 4e-2)
-    used = "flash" if window else kernel
-    assert aten.calls == [used, f"{used} backward"]
+    assert aten.calls == ["flash", "flash backward"]
 
 
 def test_what_the_gpu_kernels_leave_alone() -> None:

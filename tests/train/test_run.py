@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rooflight.train.loop import Trainer
 from rooflight.workload.training import Trainee
@@ -139,8 +140,8 @@ def test_a_step_that_is_not_finite(
 
     def gradients(self: Trainee, *args: Any, **kwargs: Any) -> Any:
         loss = computed(self, *args, **kwargs)
-        calls[0] += 1
-        if calls[0] == 1 + 6:  # the first call is the prediction's, on fake tensors
+        calls[0] += not isinstance(loss, FakeTensor)  # the prediction runs the same step dry
+        if calls[0] == 6 and not isinstance(loss, FakeTensor):
             self.trained[0].grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
         return loss
 

@@ -1,4 +1,6 @@
-"""Packed documents on NVIDIA GPUs by torch's own variable-length kernels: FlashAttention-2's, or cuDNN's.
+"""Packed documents on NVIDIA GPUs by FlashAttention-2's variable-length kernels, as torch carries them.
+
+cuDNN's, tried on an H200 with torch 2.11, took 100 times as long and gave wrong gradients (docs/performance-log.md).
 
 Neither reads a length on the host. Both want as many value channels as key channels: fewer are filled up with zeros.
 Sinks need no kernel of their own: out and log-sum-exp of plain attention are rescaled, and with the rescaled ones the
@@ -8,17 +10,13 @@ Legend: T tokens  N documents  H query heads  K key heads  E head dim  U value d
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rooflight.ops.attention.chunked import sink_grad
-
-# Which kernel runs where both can. cuDNN builds and keeps a plan for each (documents, tokens, max_length): with it,
-# fill the starts up to a fixed number of documents (by empty ones) and give the row's length as max_length.
-kernel: Literal["flash", "cudnn"] = "flash"
 
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -41,10 +39,6 @@ def takes_forward(
     return fits and not softcap and q_THE.dtype in _HALF
 
 
-def _by_cudnn(q_THE: Tensor, max_length: int, window: int) -> bool:
-    return kernel == "cudnn" and (not window or window >= max_length) and q_THE.shape[-1] <= 128
-
-
 def _left(max_length: int, window: int) -> int | None:
     return window - 1 if window and window < max_length else None
 
@@ -64,23 +58,18 @@ def forward(
     missing = q_THE.shape[-1] - v_TKU.shape[-1]
     v_TKE = pad(v_TKU, (0, missing)) if missing else v_TKU
     lengths = (starts_N1, starts_N1, max_length, max_length)
-    if _by_cudnn(q_THE, max_length, window):
-        q, k, v = (x.contiguous() for x in (q_THE, k_TKE, v_TKE))
-        out, lse_TH1, *_ = _aten._cudnn_attention_forward(q, k, v, None, *lengths, True, 0.0, True, False, scale=scale)
-        lse_HT = lse_TH1.view(q.shape[:2]).t().contiguous()
-    else:
-        out, lse_HT, *_ = _aten._flash_attention_forward(
-            q_THE,
-            k_TKE,
-            v_TKE,
-            *lengths,
-            0.0,
-            True,
-            False,
-            scale=scale,
-            window_size_left=_left(max_length, window),
-            window_size_right=0,
-        )
+    out, lse_HT, *_ = _aten._flash_attention_forward(
+        q_THE,
+        k_TKE,
+        v_TKE,
+        *lengths,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=_left(max_length, window),
+        window_size_right=0,
+    )
     out_THU = out[..., : v_TKU.shape[-1]]
     if sinks_H is not None:
         plain_HT, lse_HT = lse_HT, torch.logaddexp(lse_HT, sinks_H.float().unsqueeze(-1))
@@ -116,26 +105,22 @@ def backward(
     # Dropout is off, so the random state that the kernels ask for is never read.
     seed = torch.zeros((2,), dtype=torch.int64, device=q_THE.device)
     none = q_THE.new_empty((0,))
-    if _by_cudnn(q_THE, max_length, window):
-        tensors = (x.contiguous() for x in (grad, q_THE, k_TKE, v, out, lse_HT.t().unsqueeze(-1)))
-        dq, dk, dv = _aten._cudnn_attention_backward(*tensors, seed[0], seed[1], None, *lengths, 0.0, True, scale=scale)
-    else:
-        dq, dk, dv = _aten._flash_attention_backward(
-            grad.contiguous(),
-            q_THE,
-            k_TKE,
-            v,
-            out,
-            lse_HT,
-            *lengths,
-            0.0,
-            True,
-            seed,
-            none,
-            scale=scale,
-            window_size_left=_left(max_length, window),
-            window_size_right=0,
-        )
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad.contiguous(),
+        q_THE,
+        k_TKE,
+        v,
+        out,
+        lse_HT,
+        *lengths,
+        0.0,
+        True,
+        seed,
+        none,
+        scale=scale,
+        window_size_left=_left(max_length, window),
+        window_size_right=0,
+    )
     if sinks_H is not None:
         delta_HT = (grad_THU.float() * out_THU.float()).sum(-1).t()
         none = sink_grad(lse_HT.unsqueeze(0), delta_HT.unsqueeze(0), sinks_H)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.staging import DefaultStager
 
 GIB = 1 << 30
 FILE_BYTES = 1 << 28
@@ -65,36 +62,44 @@ def read(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Stager:
-    """One copy of the tensors in host memory, pinned when they are on a GPU, its buffers used again by each save."""
+    """One copy of the tensors in host memory, pinned when they are on a GPU, its buffers used again by each save.
+
+    Not torch's DefaultStager: that of torch 2.11 fails on CUDA tensors (KeyError: type).
+    """
 
     def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the CPU that later writes to the given ones do not change."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-        if self._stager is None:
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=bool(devices),
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=bool(devices),
-                )
-            )
-        staged: Any = self._stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
-        for device in devices:
-            # The stager waits for the current device only.
+        staged = {name: self._copied(name, tensor.detach()) for name, tensor in tensors.items()}
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             torch.cuda.synchronize(device)
         return staged
 
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        # By its method, for importing DTensor takes half a second that most programs need not spend.
+        to_local = getattr(tensor, "to_local", None)
+        if to_local is not None:
+            return _with_local(tensor, self._copied(name, to_local()))
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+
     def close(self) -> None:
         """Give the buffers back."""
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        self._buffers.clear()
+
+
+def _with_local(tensor: Any, local: Tensor) -> Tensor:
+    """A DTensor that lies as `tensor` does, with another local part."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def size_bytes(tensors: Mapping[str, Tensor]) -> int:
