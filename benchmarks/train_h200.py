@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Job, Step, batches, ours
+from benchmarks.peers import Job, Step, batches, ours, setting_of
 from rooflight.hardware import load
 from rooflight.models.config import ModelConfig
 from rooflight.models.presets import preset
 from rooflight.workload.memory import over_time
-from rooflight.workload.program import Setting, decoder
+from rooflight.workload.program import decoder
 from rooflight.workload.roofline import time_walk
 from rooflight.workload.walk import dry
 
@@ -42,7 +42,7 @@ MODELS = {
     "152m": ("train-152m", 32, 1024, "none", "414k tok/s, 40.5%, 17.5 GiB"),
     "1.2b": ("train-1.2b", 8, 2048, "none", "68.1k tok/s, 53.8%, 32.4 GiB"),
     "3.2b": ("train-3.2b", 4, 4096, "none", "25.8k tok/s, 55.9%, 67.4 GiB"),
-    "8b": ("llama-3.1-8b", 4, 4096, "full", "10.5k tok/s published (KempnerForge)"),
+    "8b": ("llama-3.1-8b", 8, 4096, "full", "10.5k tok/s published (KempnerForge)"),
 }
 OURS = {"ours bf16": "adamw-bf16", "ours fp32 masters": "adamw-master"}
 PEERS = ("plain", "hf")
@@ -73,7 +73,7 @@ def flops_per_token(config: ModelConfig, context: int) -> tuple[int, int]:
 
 def predict(job: Job, optimizer: str) -> dict[str, float]:
     """Step seconds and peak bytes that a dry run of our step says, on the catalog's H200."""
-    setting = Setting("train", job.batch, job.context, job.dtype, recompute=job.recompute, optimizer=optimizer)
+    setting = setting_of(job, optimizer)
     machine = load(MACHINE)
     walk = dry(lambda: decoder(job.config, setting, "cpu", fold=True))
     memory = over_time(walk, machine.memory_bytes.value)

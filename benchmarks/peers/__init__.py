@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rooflight.models.config import ModelConfig
+from rooflight.models.recompute import Recompute
+from rooflight.workload.optimizers import UPDATES
 from rooflight.workload.program import DTYPES, Setting, build_model, decoder
+from rooflight.workload.training import Recipe
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """tokens_BT, targets_BT → the loss: forward, backward, optimizer, gradients let go."""
@@ -41,11 +44,16 @@ class Job:
         return DTYPES[self.dtype]
 
 
+def setting_of(job: Job, optimizer: str) -> Setting:
+    """Our step as `rooflight train` takes it, the gradients' norm and its clipping included."""
+    recipe = Recipe(cast("Recompute", job.recompute), clip=1.0, update=UPDATES[optimizer])
+    return Setting("train", job.batch, job.context, job.dtype, recipe=recipe)
+
+
 def ours(job: Job, device: str, optimizer: str) -> Step:
     """Rooflight's own step; optimizer: adamw-bf16, adamw, adamw-master … as in `rooflight explain`."""
     model = build_model(job.config, job.dtype, device).initialize()
-    setting = Setting("train", job.batch, job.context, job.dtype, recompute=job.recompute, optimizer=optimizer)
-    program = decoder(job.config, setting, device, fold=False, model=model)
+    program = decoder(job.config, setting_of(job, optimizer), device, fold=False, model=model)
     tokens_T, targets_T, _ = program.standing["inputs"][0][0]
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

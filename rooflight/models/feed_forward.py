@@ -31,9 +31,10 @@ class MLP(nn.Module):
         self.up = Linear(config.width, stacked, config.mlp_bias, component=self.component)
         self.down = Linear(width, config.width, config.mlp_bias, component=self.component)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, needed: bool = True) -> Tensor:
         up = self.up(x_TD)
-        return self.down(gated_activation(up, self.activation) if self.gated else activation(up, self.activation))
+        h_TF = gated_activation(up, self.activation) if self.gated else activation(up, self.activation)
+        return self.down(h_TF, needed)
 
 
 class Experts(nn.Module):
@@ -76,7 +77,8 @@ class MoEBlock(nn.Module):
         self.experts = Experts(config)
         self.shared = MLP(config, moe.shared_width) if moe.shared_width else None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, needed: bool = True) -> Tensor:
+        # The experts' sum saves what their last products give, so all of it is needed.
         moe = self.moe
         weights_TK, experts_TK = route(
             self.router(x_TD),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rooflight.models.config import ModelConfig
+from rooflight.models.recompute import saved_for_linear
 from rooflight.ops.fp8_linear import fits_fp8, fp8_linear
 from rooflight.ops.layer_norm import add_layer_norm, layer_norm
 from rooflight.ops.linear import linear
@@ -28,9 +29,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, needed: bool = True) -> Tensor:
+        """needed: whether anybody reads the result; else only what its backward wants is saved."""
         if self.fp8 and fits_fp8(x_TD, self.weight):
             return fp8_linear(x_TD, self.weight, self.bias)
+        if not needed:
+            return saved_for_linear(x_TD, self.weight)
         return linear(x_TD, self.weight, self.bias)
 
 

@@ -5,13 +5,11 @@ Legend: T tokens  D width  V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from rooflight.models.attention import Attention, Tables
 from rooflight.models.config import LayerKind, ModelConfig
@@ -19,54 +17,13 @@ from rooflight.models.feed_forward import MLP, MoEBlock
 from rooflight.models.latent import LatentAttention
 from rooflight.models.layers import ResidualNorm, make_norm
 from rooflight.models.layout import Layout
+from rooflight.models.recompute import Recompute, contexts_of, recomputing
 from rooflight.models.rope import frequencies
 from rooflight.ops.activation import softcap
 from rooflight.ops.embedding import embedding
 from rooflight.ops.fused_loss import linear_cross_entropy
 from rooflight.ops.linear import linear
-from rooflight.ops.op import Op, find
 from rooflight.ops.rope import rotary_table
-
-# A frozenset names what selective recomputation throws away, as `recomputed_key` calls it; "selective" is RECOMPUTED.
-Recompute = Literal["none", "selective", "full"] | frozenset[str]
-
-# Cheap to compute and large to keep: what selective recomputation throws away (Korthikanti et al. 2205.05198, §5,
-# with flash attention's scores already gone): below ten FLOPs a byte. Everything else is kept.
-RECOMPUTED = frozenset(
-    {
-        "rms_norm",
-        "add_rms_norm",
-        "layer_norm",
-        "add_layer_norm",
-        "rotary",
-        "activation",
-        "gated_activation",
-        "fp8_amax",
-        "fp8_quantize",
-        "fp8_quantize_both",
-        "attention_scores",
-        "attention_softmax",
-        "attention_context",
-    }
-)
-
-
-def recomputed_key(name: str, shapes: Sequence[Sequence[Any]]) -> str:
-    """An operation as selective recomputation tells it from others: products also by the shape of their weight."""
-    if name not in ("linear", "fp8_linear"):
-        return name
-    return f"{name} {shapes[1][0]}x{shapes[1][1]}"
-
-
-def _selective_contexts(dropped: frozenset[str]) -> Any:
-    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        op: Op | None = find(operator)
-        if op is None:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        key = recomputed_key(op.name, [x.shape for x in args if isinstance(x, Tensor)])
-        return CheckpointPolicy.PREFER_RECOMPUTE if key in dropped else CheckpointPolicy.MUST_SAVE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 class Embedding(nn.Module):
@@ -127,7 +84,8 @@ class Layer(nn.Module):
         if self.attention_post_norm is not None:
             h_TD = self.attention_post_norm(h_TD)
         h_TD, stream_TD = self.ffn_norm(h_TD, stream_TD)
-        h_TD = self.ffn(h_TD)
+        # The closing sum saves nothing, so a recomputation needs what enters the block's last product, not what leaves.
+        h_TD = self.ffn(h_TD, needed=not (closed and self.ffn_post_norm is None and recomputing()))
         if self.ffn_post_norm is not None:
             h_TD = self.ffn_post_norm(h_TD)
         return (h_TD + stream_TD, None) if closed else (h_TD, stream_TD)
@@ -173,10 +131,7 @@ class Transformer(nn.Module):
         tables = self._tables(positions_T)
         # Full recomputation keeps what enters a layer: closed layers make that one tensor and not two.
         closed = recompute == "full"
-        dropped = RECOMPUTED if recompute == "selective" else recompute
-        options: dict[str, Any] = {}
-        if isinstance(dropped, frozenset):
-            options["context_fn"] = partial(_selective_contexts, dropped)
+        contexts = contexts_of(recompute)
         for layer in self.layers:
             if recompute == "none":
                 x_TD, residual_TD = layer(x_TD, residual_TD, tables, layout)
@@ -190,7 +145,7 @@ class Transformer(nn.Module):
                     closed,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    **options,
+                    context_fn=contexts,
                 )
         return self.norm(x_TD, residual_TD)[0]
 

@@ -19,7 +19,7 @@ from rooflight.hardware.machine import Machine
 from rooflight.hardware.store import load, match_device
 from rooflight.models.config import ModelConfig
 from rooflight.models.count import parameter_counts
-from rooflight.models.transformer import Recompute
+from rooflight.models.recompute import Recompute
 from rooflight.train.recompute import GIB, choose
 from rooflight.train.settings import TrainSettings
 from rooflight.workload import program, walk

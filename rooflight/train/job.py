@@ -117,8 +117,7 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
             f"add --vocab-size {ids} for a new model, or choose another --tokenizer"
         )
     if not settings.document_length:
-        mean = round(dataset.store.tokens / dataset.store.documents)
-        settings = replace(settings, document_length=min(mean, settings.context))
+        settings = replace(settings, document_length=_piece_length(dataset))
         prediction = predict(config, settings, machine, capacity)
     model = _model(settings, config, device, say)
     trainee = program.make_trainee(model, recipe(settings, config), settings.optimizer, tuple(1 for _ in config.layers))
@@ -164,6 +163,13 @@ def _dataset(settings: TrainSettings, sources: Sources, tokenizer: Tokenizer | N
     for note in sources.notes:
         say(f"data: {note}")
     return dataset
+
+
+def _piece_length(dataset: Dataset) -> int:
+    """Mean tokens of a document within a row, over the first rows; 0 where each is one document."""
+    rows = dataset.rows(0, min(dataset.rows_per_epoch, 256))
+    pieces = sum(len(lengths) for lengths in rows.lengths)
+    return 0 if pieces == len(rows.lengths) else rows.tokens_BQ.size // pieces
 
 
 def _progress(say: Say) -> Callable[[Progress], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rooflight.errors import InvalidValue
-from rooflight.models.transformer import Recompute, recomputed_key
+from rooflight.models.recompute import Recompute, recomputed_key
 from rooflight.workload.memory import over_time
 from rooflight.workload.record import FORWARD
 from rooflight.workload.walk import Walk, layer_of

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rooflight.models.config import ModelConfig
 from rooflight.models.layers import Linear
 from rooflight.models.layout import KVCache, Layout, Paged
-from rooflight.models.transformer import Recompute, Transformer
+from rooflight.models.recompute import Recompute
+from rooflight.models.transformer import Transformer
 from rooflight.ops import batch as batches
 from rooflight.ops.sampling import greedy
 from rooflight.workload.optimizers import build as build_optimizer

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rooflight.models.layout import Layout
-from rooflight.models.transformer import Recompute, Transformer
+from rooflight.models.recompute import Recompute
+from rooflight.models.transformer import Transformer
 from rooflight.ops import batch as batches
 from rooflight.ops.optimizer import clip_scale, grad_norm
 from rooflight.workload.optimizers import Member, Update, members

@@ -190,7 +190,7 @@ def test_fused_loss(
     z_TV = softcap * torch.tanh(z_TV / softcap) if softcap else z_TV
     wanted = cross_entropy(z_TV, targets_T, reduction="sum", ignore_index=IGNORE)
     wanted = wanted / (count or (targets_T != IGNORE).sum())
-    assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-5 if dtype == FP32 else 1e-3)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5 if dtype == FP32 else 1e-3)
     for a, b in zip(found, torch.autograd.grad(wanted * 0.7, (x, weight)), strict=True):
         error = (a.double() - b).abs().max() / b.abs().max()
         assert a.dtype == dtype and error < (1e-5 if dtype == FP32 else 1.5e-2)

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rooflight.errors import InvalidValue
 from rooflight.models.layout import KVCache, Layout, Paged
-from rooflight.models.transformer import Recompute, Transformer
+from rooflight.models.recompute import Recompute
+from rooflight.models.transformer import Transformer
 from rooflight.models.weights import load_pretrained
 from rooflight.ops import batch
 from tests.models.families import VOCAB, checkpoint

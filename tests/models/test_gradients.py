@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight.models.layout import Layout
-from rooflight.models.transformer import Recompute, Transformer
+from rooflight.models.recompute import Recompute
+from rooflight.models.transformer import Transformer
 from rooflight.models.weights import load_pretrained
 from rooflight.ops.op import find
 from tests.models.families import VOCAB, checkpoint

@@ -16,7 +16,8 @@ from rooflight.models.config import ModelConfig
 from rooflight.models.layers import Linear
 from rooflight.models.layout import Layout
 from rooflight.models.presets import resolve
-from rooflight.models.transformer import Recompute, Transformer
+from rooflight.models.recompute import Recompute
+from rooflight.models.transformer import Transformer
 from rooflight.ops import batch
 from rooflight.ops.cost import VECTOR
 from rooflight.ops.fp8_linear import (

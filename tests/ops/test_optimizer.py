@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rooflight.errors import InvalidValue
+from rooflight.ops import adamw as adamw_module
 from rooflight.ops.adamw import stochastically_rounded
 from rooflight.ops.optimizer import AdamW, adamw, clip_scale, grad_norm, scale_
 
@@ -93,20 +94,46 @@ def test_saved_and_loaded_continues_exactly() -> None:
     assert two.state[copies[0]]["master"] is not one.state[params[0]]["master"]
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_the_cpus_fused_update_agrees_with_separate_operators(scale: float | None) -> None:
-    """fp32 tensors go through PyTorch's fused kernel; with fp32 masters the same numbers take the long way."""
+def formula(tensors: list[Tensor], scale: float, step: int, lr: float, beta1: float, beta2: float) -> list[Tensor]:
+    """AdamW's update of (p, g, m, v) in fp64, with ε 1e-8 and decay 0.1."""
+    p, g, m, v = (tensor.double() for tensor in tensors)
+    g = scale * g
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    return [p - lr * (0.1 * p + m_hat / (v_hat.sqrt() + 1e-8)), m, v]
 
-    def lists() -> list[list[Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        return [[torch.rand(n, generator=generator) for n in (40, 7)] for _ in range(4)]
 
-    fused, separate, factor = lists(), lists(), None if scale is None else torch.tensor(scale)
-    masters = [x.clone() for x in separate[0]]
-    for tensors, fp32 in ((fused, []), (separate, masters)):
-        adamw(*tensors, fp32, factor, 3, 0.1, 0.9, 0.99, 1e-8, 0.1, 0)
-    torch.testing.assert_close(fused, separate, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(separate[0], masters)
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3, 0.0])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "masters"),
+    [("float32", "float32", False), ("bfloat16", "bfloat16", False), ("float16", "float16", False)]
+    + [("bfloat16", "float32", False), ("bfloat16", "float32", True), ("bfloat16", "bfloat16", True)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_update_is_the_formula_rounded_once(
+    dtype: str, state_dtype: str, masters: bool, scale: float | None, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way a tensor takes: whole, in blocks with a short last one, or with strides that are not the others'."""
+    monkeypatch.setattr(adamw_module, "BLOCK", 32)
+    kinds = [getattr(torch, name) for name in (dtype, dtype, state_dtype, state_dtype)]
+    generator = torch.Generator().manual_seed(0)
+    lists = [[torch.rand(13, 7, generator=generator).to(kind)] for kind in kinds]
+    if transposed:
+        lists[1] = [lists[1][0].t().contiguous().t()]
+    kept = [torch.rand(13, 7, generator=generator)] if masters else []
+    grad = lists[1][0].clone()
+    start = [(kept or lists[0])[0], *(tensors[0] for tensors in lists[1:])]
+    factor = torch.tensor(1.0 if scale is None else scale)
+    p, m, v = formula(start, factor.item(), 3, 0.1, 0.9, 0.99)
+    adamw(*lists, kept, None if scale is None else factor, 3, 0.1, 0.9, 0.99, 1e-8, 0.1, 0)
+    found = (*(kept or lists[0]), *lists[2], *lists[3])
+    for tensor, exact in zip(found, (p, m, v), strict=True):
+        # Half a spacing of the storage type, and fp32's own errors before it.
+        half = 0.5 * torch.finfo(tensor.dtype).eps if tensor.dtype != torch.float32 else 0.0
+        torch.testing.assert_close(tensor.double(), exact, rtol=half + 1e-6, atol=1e-6)
+    if masters:
+        assert torch.equal(lists[0][0], kept[0].to(lists[0][0].dtype))
+    assert torch.equal(lists[1][0], grad)
 
 
 def test_clipping_as_torch_does() -> None:
