@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from rooflight.errors import NonFiniteStep
-from rooflight.models.generate import generate
-from rooflight.ops import batch as batches
 from rooflight.train import accounting, state
 from rooflight.train.accounting import PeakMemory
 from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints
@@ -29,11 +27,10 @@ from rooflight.train.job import Job
 from rooflight.train.log import GIB, Log, against, percent, rate
 from rooflight.train.profile import Profile, profile_step
 from rooflight.train.schedule import learning_rate
+from rooflight.train.trial import held_out_loss, sample_text
 from rooflight.workload import optimizers
 from rooflight.workload.record import Recorder
 from rooflight.workload.training import Outcome
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(slots=True)
@@ -159,6 +156,9 @@ class Trainer:
                 take, job.trainee.model, job.device, self.prediction, step=settings.profile, micro_batches=count
             )
             self.log.say(self._write_profile(found))
+            # A step under the recorder takes longer than one without: it counts for none.
+            self._since += 1
+            started = time.perf_counter()
         else:
             take()
         self.step += 1
@@ -242,53 +242,23 @@ class Trainer:
             skipped=self.skipped,
         )
 
-    @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Mean loss on held-out rows; None when nothing is held out."""
+    def evaluate(self) -> None:
+        """Say the mean loss on held-out rows, where there are some."""
         self._settle()
-        job, settings = self.job, self.job.settings
-        if not job.dataset.held_out_rows:
-            return None
-        rows = job.dataset.held_out(settings.eval_rows)
-        total = 0.0
-        for micro in micro_batches(rows, 1, job.device):
-            with batches.use(micro.facts):
-                part = job.trainee.model(
-                    micro.tokens_T,
-                    micro.positions_T,
-                    micro.layout,
-                    micro.targets_T,
-                    target_count=rows.targets,
-                )
-            total += float(part)
-        self.log.say(f"step {self.step}/{settings.steps}  held-out loss {total:.4f} over {rows.targets} tokens")
-        self.log.event("evaluation", step=self.step, loss=total, tokens=rows.targets)
-        return total
+        found = held_out_loss(self.job)
+        if found is not None:
+            loss, tokens = found
+            self.log.say(f"step {self.step}/{self.job.settings.steps}  held-out loss {loss:.4f} over {tokens} tokens")
+            self.log.event("evaluation", step=self.step, loss=loss, tokens=tokens)
 
-    def sample(self) -> str | None:
-        """A piece of text by the model as it is; None without a tokenizer."""
+    def sample(self) -> None:
+        """Say a piece of text by the model as it is, where there is a tokenizer."""
         self._settle()
-        job, settings = self.job, self.job.settings
-        if job.tokenizer is None:
-            return None
-        prompt = job.tokenizer.encode(settings.sample_prompt) if settings.sample_prompt else self._beginning()
-        room = job.config.max_context - settings.sample_tokens
-        new = generate(
-            job.trainee.model,
-            [prompt[-room:]],
-            settings.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=settings.seed + self.step,
-        )[0]
-        text = job.tokenizer.decode(prompt + new)
-        self.log.say(f"step {self.step}/{settings.steps}  sample:\n" + "\n".join("    " + s for s in text.splitlines()))
-        self.log.event("sample", step=self.step, text=text)
-        return text
-
-    def _beginning(self) -> list[int]:
-        dataset = self.job.dataset
-        rows = dataset.held_out(1) if dataset.held_out_rows else dataset.rows(0, 1)
-        return [int(token) for token in rows.tokens_BQ[0, : min(8, rows.lengths[0][0])]]
+        text = sample_text(self.job, self.step)
+        if text is not None:
+            lines = "\n".join(f"    {line}" for line in text.splitlines())
+            self.log.say(f"step {self.step}/{self.job.settings.steps}  sample:\n{lines}")
+            self.log.event("sample", step=self.step, text=text)
 
     def _save_or_say(self) -> None:
         """A checkpoint on the way: a full disk is said, and training goes on to try again at the next one."""
