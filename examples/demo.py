@@ -1,17 +1,20 @@
-"""`make demo`: probe this machine, price an 8B model on an H200, run a small decoder here, compare the two.
+"""`make demo`: probe this machine, price an 8B model on an H200, train a small decoder here, compare the two.
 
-Everything that it prints comes from the `rooflight` command; the reports and the machine file go to demo-report/.
+Everything that it prints comes from the `rooflight` command; reports, machine file and run go to demo-report/.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 REPORT = Path("demo-report")
+TRAIN_SECONDS = 60
+BATCH, CONTEXT = 8, 256
 
 
 def run(*arguments: str) -> None:
@@ -22,40 +25,65 @@ def run(*arguments: str) -> None:
         sys.exit(code)
 
 
-def real_text(path: Path, size: int = 200_000) -> Path:
-    """Real text that every machine has: Python's own library sources, one after another."""
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    text = b"".join(source.read_bytes() for source in sources)
-    path.write_bytes(text[:size])
-    return path
-
-
-def main_demo() -> None:
-    """The demo's commands in order, then predicted against measured."""
-    REPORT.mkdir(exist_ok=True)
-    here, text = REPORT / "here.toml", real_text(REPORT / "text.txt")
-    run("probe", "--device", "cpu", "--budget", "90", "--out", str(here))
+def price() -> None:
+    """An 8B model on a machine that is not here, and what training one would take."""
     prices = ("explain", "llama-3.1-8b", "--on", "h200", "--phase", "decode", "--batch", "64", "--context", "4096")
     run(*prices)
     run(*prices, "-o", "html", "--out", str(REPORT / "llama-3.1-8b-on-h200.html"))
+    sizes = ("--batch-size", "8", "--context", "4096", "--tokens", "1T")
+    run("train", "--model", "llama-3.1-8b", *sizes, "--dry", "--on", "h200")
+
+
+def train(here: Path) -> Path:
+    """A small decoder on Python's own library sources, for about a minute; its Hugging Face directory."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    data = [str(library / name) for name in ("*.py", "json", "email", "http", "asyncio", "xml")]
+    model = ("--model", "train-demo", "--batch-size", str(BATCH), "--context", str(CONTEXT), "--optimizer", "muon")
+    dry = REPORT / "train-dry.json"
+    run("train", *model, "--steps", "1", "--dry", "--on", str(here), "-o", "json", "--report", str(dry))
+    step = json.loads(dry.read_text())["totals"]["expected_seconds"]
+    steps = min(max(round(TRAIN_SECONDS / step), 40), 2000)
+    print(f"\nA step should take {step * 1e3:.0f} ms here: {steps} steps make about a minute.")
+    out, export = REPORT / "run", REPORT / "model"
+    options = ("--lr", "3e-3", "--warmup", "20", "--log-every", str(max(steps // 10, 1)), "--profile", str(steps // 2))
+    sample = ("--sample-every", str(max(steps // 3, 1)), "--sample-prompt", "def __init__(self")
+    places = ("--out", str(out), "--on", str(here), "--export", str(export))
+    run("train", "--data", *data, *model, *options, *sample, *places, "--steps", str(steps))
+    return export
+
+
+def compare(model: Path, here: Path) -> None:
+    """What was trained, run on this machine again, predicted against measured."""
     outcomes = []
-    for phase, batch, context in (("prefill", 4, 256), ("decode", 8, 512), ("train", 4, 256)):
+    for phase, batch, context in (("prefill", 4, 256), ("decode", 8, 512), ("train", BATCH, CONTEXT)):
         sizes = ("--phase", phase, "--batch", str(batch), "--context", str(context))
-        wet = ("explain", "demo", "--on", str(here), "--measure", "--text", str(text), *sizes)
-        report = REPORT / f"demo-{phase}.json"
-        if phase == "prefill":
-            run(*wet, "--by", "op")
-            run(*wet, "-o", "html", "--out", str(REPORT / "demo-here.html"))
+        dtype = ("--dtype", "fp32") if phase == "train" else ()
+        wet = ("explain", str(model), "--on", str(here), "--measure", *sizes, *dtype)
+        if phase != "prefill":
+            run(*wet, "-o", "html", "--out", str(REPORT / f"{phase}-here.html"))
+        report = REPORT / f"{phase}.json"
         run(*wet, "-o", "json", "--out", str(report))
         outcomes.append((phase, json.loads(report.read_text())["totals"]))
-    print("\nThe demo model on this machine, run on real text, predicted against measured:")
+    print("\nThe model that was just trained, on this machine, predicted against measured:")
     for phase, totals in outcomes:
         roof, expected, measured = (totals[f"{name}_seconds"] * 1e3 for name in ("roof", "expected", "measured"))
         print(
             f"  {phase:8} roof {roof:8.2f} ms   expected {expected:8.2f} ms   measured {measured:8.2f} ms"
             f"   prediction off by {expected / measured - 1:+.0%}"
         )
-    print(f"\nThe reports lie in {REPORT}/: open {REPORT / 'llama-3.1-8b-on-h200.html'} in a browser.")
+
+
+def main_demo() -> None:
+    """The demo's commands in order."""
+    # A demo starts anew each time; a run of one's own would be gone on with by --resume.
+    shutil.rmtree(REPORT, ignore_errors=True)
+    REPORT.mkdir()
+    here = REPORT / "here.toml"
+    run("probe", "--device", "cpu", "--budget", "90", "--out", str(here))
+    price()
+    compare(train(here), here)
+    print(f"\nThe reports lie in {REPORT}/: open llama-3.1-8b-on-h200.html and train-here.html in a browser, and")
+    print("run/profile/*.trace.json in ui.perfetto.dev. The model in model/ is a Hugging Face directory.")
 
 
 if __name__ == "__main__":
