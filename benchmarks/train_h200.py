@@ -51,10 +51,10 @@ GEMM = 8192
 BLOCK = 2  # steps between synchronisations
 
 
-def job_of(model: str) -> Job:
-    """The job of one of MODELS."""
+def job_of(model: str, dtype: str) -> Job:
+    """The job of one of MODELS; dtype bf16, or fp8 for products in fp8 over bf16 weights, which the peers do not have."""
     name, batch, context, recompute, _ = MODELS[model]
-    return Job(preset(name), batch, context, "bf16", recompute)
+    return Job(preset(name), batch, context, dtype, recompute)
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -109,9 +109,9 @@ def gemm_flops_per_second(seconds: float = 0.5) -> float:
     return 2.0 * GEMM**3 / statistics.median(times)
 
 
-def measure(model: str, name: str, steps: int) -> dict[str, float]:
+def measure(model: str, name: str, steps: int, dtype: str) -> dict[str, float]:
     """One contender on this GPU: seconds a step, peak bytes after warm-up, the losses, the GEMM ceiling."""
-    job = job_of(model)
+    job = job_of(model, dtype)
     torch.manual_seed(0)
     began = time.perf_counter()
     step, stream = contender(name, job), batches(job, "cuda")
@@ -143,9 +143,12 @@ def measure(model: str, name: str, steps: int) -> dict[str, float]:
     }
 
 
-def in_a_process(model: str, name: str, steps: int, limit: float, beside: Callable[[], Any]) -> tuple[Any, Any]:
+def in_a_process(
+    model: str, name: str, steps: int, dtype: str, limit: float, beside: Callable[[], Any]
+) -> tuple[Any, Any]:
     """`measure` in a process of its own, or why it failed; and what `beside` returned, run while that one starts."""
     command = [sys.executable, "-m", "benchmarks.train_h200", "--measure", model, name, "--steps", str(steps)]
+    command += ["--dtype", dtype]
     # A session of its own, so that the compiler's helper processes end with it: they hold the pipes open.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -165,9 +168,9 @@ def in_a_process(model: str, name: str, steps: int, limit: float, beside: Callab
     return json.loads(out.splitlines()[-1]), also
 
 
-def row(model: str, name: str, found: dict[str, Any], predicted: dict[str, float] | None) -> dict[str, Any]:
+def row(model: str, name: str, dtype: str, found: dict[str, Any], predicted: dict[str, float] | None) -> dict[str, Any]:
     """All figures of one contender, derived ones beside the measured."""
-    job = job_of(model)
+    job = job_of(model, dtype)
     peak = load(MACHINE).peaks[PRECISION].value
     half, full = flops_per_token(job.config, job.context)
     rate = job.tokens / found["seconds"]
@@ -244,6 +247,10 @@ def main() -> None:
     parser.add_argument("--models", type=lambda t: listed(t, models), default=list(models), help=",".join(models))
     peers = (*PEERS, "none")
     parser.add_argument("--peers", type=lambda t: listed(t, peers), default=list(PEERS), help="plain,hf or none")
+    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16", help="of our products (fp8: no peers)")
+    parser.add_argument(
+        "--ours", type=lambda t: listed(t, ("bf16", "fp32")), default=["bf16", "fp32"], help="bf16,fp32"
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds for one contender (default 150)")
     parser.add_argument("--budget", type=float, default=470.0, help="seconds for everything (default 470)")
@@ -252,23 +259,28 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         model, name = options.measure
-        print(json.dumps(measure(model, name, options.steps)))
+        print(json.dumps(measure(model, name, options.steps, options.dtype)))
         return
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU here: these runs need one H200; `python -m benchmarks.train_cpu` runs on a CPU")
     began, rows = time.perf_counter(), []
-    contenders = [*OURS, *(peer for peer in PEERS if peer in options.peers)]
+    peers = [peer for peer in PEERS if peer in options.peers and options.dtype == "bf16"]
+    contenders = [*(name for name in OURS if name.split()[1] in options.ours), *peers]
     for model, name in itertools.product(options.models, contenders):
         left = options.budget - (time.perf_counter() - began)
         if left < 10:
             found: Any = "not started: the time was up"
             predicted = None
         else:
-            beside = functools.partial(predict, job_of(model), OURS[name]) if name in OURS else lambda: None
-            found, predicted = in_a_process(model, name, options.steps, min(options.limit, left), beside)
+            beside = (
+                functools.partial(predict, job_of(model, options.dtype), OURS[name]) if name in OURS else lambda: None
+            )
+            found, predicted = in_a_process(model, name, options.steps, options.dtype, min(options.limit, left), beside)
         failed = isinstance(found, str)
         rows.append(
-            {"model": model, "contender": name, "error": found} if failed else row(model, name, found, predicted)
+            {"model": model, "contender": name, "error": found}
+            if failed
+            else row(model, name, options.dtype, found, predicted)
         )
         said = (
             found if failed else f"{rows[-1]['tokens_per_second']:,.0f} tok/s, warm-up {found['warm_up_seconds']:.0f} s"

@@ -27,13 +27,17 @@ HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all contenders train: the same decoder on the same batches; recompute is none or full."""
+    """What all contenders train: the same decoder on the same batches; recompute is none or full.
+
+    clip: the largest norm of the gradients, for all alike; 0 has the peers leave norm and clipping out.
+    """
 
     config: ModelConfig
     batch: int
     context: int
     dtype: str = "bf16"
     recompute: str = "none"
+    clip: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -46,7 +50,7 @@ class Job:
 
 def setting_of(job: Job, optimizer: str) -> Setting:
     """Our step as `rooflight train` takes it, the gradients' norm and its clipping included."""
-    recipe = Recipe(cast("Recompute", job.recompute), clip=1.0, update=UPDATES[optimizer])
+    recipe = Recipe(cast("Recompute", job.recompute), clip=job.clip, update=UPDATES[optimizer])
     return Setting("train", job.batch, job.context, job.dtype, recipe=recipe)
 
 
@@ -64,13 +68,16 @@ def ours(job: Job, device: str, optimizer: str) -> Step:
     return step
 
 
-def torch_step(loss_of: Step, parameters: Iterator[torch.nn.Parameter]) -> Step:
-    """A peer's step: loss, backward and torch's fused AdamW, whose states have the weights' dtype."""
-    optimizer = torch.optim.AdamW(parameters, fused=True, **HYPER)
+def torch_step(loss_of: Step, parameters: Iterator[torch.nn.Parameter], clip: float) -> Step:
+    """A peer's step: loss, backward, clipping and torch's fused AdamW, whose states have the weights' dtype."""
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, fused=True, **HYPER)
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         loss = loss_of(tokens_BT, targets_BT)
         loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -55,4 +55,4 @@ def build(job: Job, device: str, *, compiled: bool | None = None) -> Step:
     loss = loss_of(model)
     if compiled if compiled is not None else device == "cuda":
         loss = torch.compile(loss, dynamic=False)
-    return torch_step(loss, model.parameters())
+    return torch_step(loss, model.parameters(), job.clip)

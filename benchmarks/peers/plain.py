@@ -127,7 +127,7 @@ def build(job: Job, device: str, *, compiled: bool = True) -> Step:
     """The peer's training step, compiled on its first call."""
     model = model_of(job, device)
     loss_of = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    inner = torch_step(loss_of, model.parameters())
+    inner = torch_step(loss_of, model.parameters(), job.clip)
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with attention_kernel(device):

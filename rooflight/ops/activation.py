@@ -138,7 +138,7 @@ def _gated(gate_up_T2F: Tensor, kind: str) -> Tensor:
         gate = gate.clamp(max=_CLAMP_LIMIT)
         return (up.clamp(-_CLAMP_LIMIT, _CLAMP_LIMIT) + 1) * (gate * torch.sigmoid(gate * _CLAMP_ALPHA))
     gate, up = gate_up_T2F.chunk(2, dim=-1)
-    return _apply(gate, kind) * up
+    return _apply(gate, kind).mul_(up)
 
 
 def _gated_shape(gate_up_T2F: Tensor, kind: str) -> Tensor:
@@ -160,7 +160,20 @@ def _gated_cost(out_TF: Tensor, gate_up_T2F: Tensor, kind: str) -> Cost:
     )
 
 
+def _swiglu_backward(grad_TF: Tensor, gate_up_T2F: Tensor) -> Tensor:
+    """`_gated_backward` of SwiGLU in torch's own kernels, which take bf16 to fp32 and back in registers."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    out_T2F = gate_up_T2F.new_empty(gate_up_T2F.shape)
+    grad_gate, grad_up = out_T2F.chunk(2, dim=-1)
+    torch.mul(grad_TF, up, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+    torch.mul(F.silu(gate), grad_TF, out=grad_up)
+    return out_T2F
+
+
 def _gated_backward(grad_TF: Tensor, gate_up_T2F: Tensor, kind: str) -> Tensor:
+    if kind == "silu" and grad_TF.device.type == "cpu" and grad_TF.dtype == gate_up_T2F.dtype:
+        return _swiglu_backward(grad_TF, gate_up_T2F)
     grad = grad_TF.float()
     if kind == "clamped_swiglu":
         raw_gate, raw_up = (part.float() for part in _clamped_parts(gate_up_T2F))

@@ -8,6 +8,8 @@ whatever the storage types are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
 
 # Bits of an fp32 number's significand that a storage type drops.
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+BLOCK = 2**18  # elements that are worked on together where a CPU has to make fp32 copies
 SEED_STRIDE = 1_000_003  # sets the random streams of neighbouring seeds' tensors apart
 
 
@@ -64,40 +67,47 @@ def _adamw(
 ) -> None:
     if scale is not None and not bool(torch.isfinite(scale)):
         return
-    factor = 1.0 if scale is None else scale
-    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    hyper = (step, lr, beta1, beta2, eps, weight_decay)
+    factor = None if scale is None or scale == 1 else scale
     for i, param in enumerate(params):
-        grad = grads[i] if scale is None or scale == 1 else grads[i].float() * factor
         stored = (masters[i] if masters else param, exp_avgs[i], exp_avg_sqs[i])
-        if not masters and all(tensor.dtype == torch.float32 for tensor in (*stored, grad)):
-            _torch_adamw(param, grad, *stored[1:], step, lr, beta1, beta2, eps, weight_decay)
+        rounds_by_chance = seed and any(tensor.dtype in DROPPED_BITS for tensor in stored)
+        if not masters and not rounds_by_chance and _torch_takes(*stored, grads[i]):
+            _torch_update_(*stored, grads[i], *hyper, factor)
             continue
-        # Of a tensor that already is fp32, float() is the tensor itself and is updated in place.
-        value, mean, square = (tensor.float() for tensor in stored)
-        grad = grad.float()
-        value.mul_(1 - lr * weight_decay)
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        value.addcdiv_(mean, (square.sqrt() / root).add_(eps), value=-step_size)
         generator = None
         if seed:
             generator = torch.Generator(param.device).manual_seed((seed * SEED_STRIDE + i) % 2**63)
-        # The mean moves by a tenth of itself; the weights and the mean square by less than half of bf16's spacing.
-        for tensor, updated, random in zip(stored, (value, mean, square), (generator, None, generator), strict=True):
-            if tensor is updated:
-                continue
-            if random is not None and tensor.dtype in DROPPED_BITS:
-                updated = stochastically_rounded(updated, tensor.dtype, random)
-            tensor.copy_(updated)
-        if masters:
-            param.copy_(value)
+        for param_block, grad_block, *stored_blocks in _blocks(param, grads[i], *stored):
+            # Of a block that already is fp32, float() is the block itself and is updated in place.
+            value, mean, square = (block.float() for block in stored_blocks)
+            grad = grad_block.float() if factor is None else grad_block.float() * factor
+            update = _torch_update_ if _torch_takes(value, mean, square, grad) else _update_
+            update(value, mean, square, grad, *hyper)
+            # The mean moves by a tenth of itself; the weights and the mean square by less than half of bf16's spacing.
+            made = zip(stored_blocks, (value, mean, square), (generator, None, generator), strict=True)
+            for block, updated, random in made:
+                if block is updated:
+                    continue
+                if random is not None and block.dtype in DROPPED_BITS:
+                    updated = stochastically_rounded(updated, block.dtype, random)
+                block.copy_(updated)
+            if masters:
+                param_block.copy_(value)
 
 
-def _torch_adamw(
-    param: Tensor,
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors in blocks whose fp32 copies stay in cache; whole where they are not in memory order."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
+
+
+def _update_(
+    value: Tensor,
+    mean: Tensor,
+    square: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
     step: int,
     lr: float,
     beta1: float,
@@ -105,22 +115,43 @@ def _torch_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """PyTorch's own fused update of one fp32 tensor: one pass over memory where separate operators make seven."""
-    torch.ops.aten._fused_adamw_(
-        [param],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [torch.full((), float(step), dtype=torch.float32, device=param.device)],
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    value.mul_(1 - lr * weight_decay)
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    value.addcdiv_(mean, (square.sqrt() / root).add_(eps), value=-step_size)
+
+
+def _torch_takes(*tensors: Tensor) -> bool:
+    """Tensors on a CPU, of one type and in memory order: the kernel runs over their memory and looks at no strides."""
+    one = len({tensor.dtype for tensor in tensors}) == 1 and tensors[0].dtype in KERNEL_DTYPES
+    return one and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+
+
+def _torch_update_(
+    value: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    grad: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    factor: Tensor | None = None,
+) -> None:
+    """`_update_` by PyTorch's fused kernel: one pass over memory, arithmetic in fp32 for bf16 and fp16 too."""
+    steps = [torch.full((), float(step), dtype=torch.float32)]
+    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    fused = partial(torch.ops.aten._fused_adamw_, **hyper, amsgrad=False, maximize=False)
+    if factor is None:
+        fused([value], [grad], [mean], [square], [], steps)
+        return
+    divisor = factor.float().reciprocal()
+    for value_block, mean_block, square_block, grad_block in _blocks(value, mean, square, grad):
+        # The kernel writes the scaled gradient back: into a copy in cache, for the caller's is not ours to change.
+        fused([value_block], [grad_block.clone()], [mean_block], [square_block], [], steps, grad_scale=divisor)
 
 
 def _adamw_shape(*_: Any) -> None:

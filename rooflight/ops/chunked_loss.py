@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rooflight.ops.cpu_matmul import product
 from rooflight.ops.loss import IGNORE
 
 ROW_BYTES = 4096  # a chunk: 1024 tokens in fp32, 2048 in bf16
 BLOCK = 2**19  # logits of the rows that are worked on together, so that they stay in cache
+ROWS = 4096  # rows of the weight's gradient that are made at a time
 
 
 def _divisor(targets_T: Tensor, ignore_index: int, count: int) -> Tensor | int:
@@ -54,8 +56,10 @@ def _chunk_tokens(x_TD: Tensor) -> int:
     return ROW_BYTES // x_TD.element_size()
 
 
-def _logits_buffer(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
-    return x_TD.new_empty(min(_chunk_tokens(x_TD), x_TD.shape[0]), weight_VD.shape[0])
+def _add_product_(total_VD: Tensor, z_NV: Tensor, x_ND: Tensor) -> None:
+    """total += zᵀ·x by blocks of rows, so that no second weight-sized tensor stands beside the total."""
+    for total, z in zip(total_VD.split(ROWS), z_NV.split(ROWS, dim=1), strict=True):
+        total += product(z.t(), x_ND)
 
 
 def linear_cross_entropy_reference(
@@ -68,9 +72,9 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """The mean loss, as `fused_loss.linear_cross_entropy` without gradients."""
     losses_T = x_TD.new_empty(x_TD.shape[0], dtype=torch.float32)
-    logits_NV, chunk = _logits_buffer(x_TD, weight_VD), _chunk_tokens(x_TD)
+    chunk = _chunk_tokens(x_TD)
     for x, targets, losses in zip(x_TD.split(chunk), targets_T.split(chunk), losses_T.split(chunk), strict=True):
-        z = torch.mm(x, weight_VD.t(), out=logits_NV[: x.shape[0]])
+        z = product(x, weight_VD.t())
         _chunk_(z, targets, losses, None, softcap, ignore_index)
     return losses_T.sum() / _divisor(targets_T, ignore_index, count)
 
@@ -86,21 +90,21 @@ def with_grad_reference(
     """The mean loss and its gradients with respect to x and the weight."""
     tokens, chunk = x_TD.shape[0], _chunk_tokens(x_TD)
     losses_T = x_TD.new_empty(tokens, dtype=torch.float32)
-    logits_NV = _logits_buffer(x_TD, weight_VD)
-    grad_x_TD = x_TD.new_empty(x_TD.shape)
-    # Chunks add up in fp32: a bf16 sum would lose the small gradients of rare tokens. One chunk needs no sum.
-    alone = tokens <= chunk or weight_VD.dtype == torch.float32
-    total_VD = weight_VD.new_zeros(weight_VD.shape, dtype=weight_VD.dtype if alone else torch.float32)
     divisor = torch.as_tensor(_divisor(targets_T, ignore_index, count), dtype=torch.float32, device=x_TD.device)
     factor = divisor.reciprocal()
+    if 0 < tokens <= chunk:
+        z_TV = product(x_TD, weight_VD.t())
+        _chunk_(z_TV, targets_T, losses_T, factor, softcap, ignore_index)
+        return losses_T.sum() / divisor, product(z_TV, weight_VD), product(z_TV.t(), x_TD)
+    grad_x_TD = x_TD.new_empty(x_TD.shape)
+    # Chunks add up in fp32: a bf16 sum would lose the small gradients of rare tokens.
+    total_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.float32)
     for start in range(0, tokens, chunk):
-        x = x_TD[start : start + chunk]
-        rows = slice(start, start + x.shape[0])
-        z = torch.mm(x, weight_VD.t(), out=logits_NV[: x.shape[0]])
+        rows = slice(start, min(start + chunk, tokens))
+        x = x_TD[rows]
+        z = product(x, weight_VD.t())
         _chunk_(z, targets_T[rows], losses_T[rows], factor, softcap, ignore_index)
-        torch.mm(z, weight_VD, out=grad_x_TD[rows])
-        if alone:
-            total_VD.addmm_(z.t(), x)
-        else:
-            total_VD += z.t() @ x
+        grad_x_TD[rows] = product(z, weight_VD)
+        _add_product_(total_VD, z, x)
+        del z  # before the next chunk's logits are made
     return losses_T.sum() / divisor, grad_x_TD, total_VD.to(weight_VD.dtype)

@@ -38,10 +38,15 @@ def _embedding_cost(out_TD: Tensor, tokens_T: Tensor, weight_VD: Tensor, scale: 
 
 
 def _embedding_backward(grad_TD: Tensor, tokens_T: Tensor, vocabulary: int, scale: float) -> Tensor:
-    grad = grad_TD.flatten(0, -2).float()
+    grad, rows = grad_TD.flatten(0, -2).float(), tokens_T.flatten()
+    grad = grad if scale == 1.0 else grad * scale
+    if grad_TD.device.type == "cpu" and grad_TD.dtype != torch.float32:
+        # Sums in fp32 of the rows that the batch names, not of the whole vocabulary.
+        named, rows = rows.unique(return_inverse=True)
+        sums = grad.new_zeros((named.shape[0], grad.shape[-1])).index_add_(0, rows, grad)
+        return grad_TD.new_zeros((vocabulary, grad.shape[-1])).index_copy_(0, named, sums.to(grad_TD.dtype))
     out_VD = grad.new_zeros((vocabulary, grad.shape[-1]))
-    out_VD.index_add_(0, tokens_T.flatten(), grad if scale == 1.0 else grad * scale)
-    return out_VD.to(grad_TD.dtype)
+    return out_VD.index_add_(0, rows, grad).to(grad_TD.dtype)
 
 
 def _embedding_backward_shape(grad_TD: Tensor, tokens_T: Tensor, vocabulary: int, scale: float) -> Tensor:

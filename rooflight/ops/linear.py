@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rooflight.ops.cost import Access, Cost, Movement, elementwise_cost, matmul_cost, precision_of
 from rooflight.ops.cost import Primitive as P
+from rooflight.ops.cpu_matmul import product
 from rooflight.ops.op import Op, rows_and_columns
 
 
 def _linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
+    return product(x_TK, weight_NK.t(), bias_N)
 
 
 def _linear_shape(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -38,7 +39,11 @@ def _linear_cost(out_TN: Tensor, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor
 
 
 def _input_grad(grad_TN: Tensor, weight_NK: Tensor) -> Tensor:
-    return grad_TN @ weight_NK
+    return product(grad_TN, weight_NK)
+
+
+def _input_grad_shape(grad_TN: Tensor, weight_NK: Tensor) -> Tensor:
+    return grad_TN.new_empty((*grad_TN.shape[:-1], weight_NK.shape[1]))
 
 
 def _input_grad_cost(out_TK: Tensor, grad_TN: Tensor, weight_NK: Tensor) -> Cost:
@@ -49,7 +54,7 @@ def _input_grad_cost(out_TK: Tensor, grad_TN: Tensor, weight_NK: Tensor) -> Cost
 
 
 def _weight_grad(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
-    return grad_TN.flatten(0, -2).t() @ x_TK.flatten(0, -2)
+    return product(grad_TN.flatten(0, -2).t(), x_TK.flatten(0, -2))
 
 
 def _weight_grad_shape(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def _bias_grad_cost(out_N: Tensor, grad_TN: Tensor) -> Cost:
     )
 
 
-linear_input_grad = Op("linear_input_grad", _input_grad, cost=_input_grad_cost)
+linear_input_grad = Op("linear_input_grad", _input_grad, cost=_input_grad_cost, shape=_input_grad_shape)
 linear_weight_grad = Op("linear_weight_grad", _weight_grad, cost=_weight_grad_cost, shape=_weight_grad_shape)
 bias_grad = Op("bias_grad", _bias_grad, cost=_bias_grad_cost)
 

@@ -31,7 +31,7 @@ def norm_cost(
 def _rms(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor:
     x = x_TD.float()
     scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return (scaled * (weight_D.float() + offset if offset else weight_D.float())).to(x_TD.dtype)
+    return scaled.mul_(weight_D.float() + offset if offset else weight_D.float()).to(x_TD.dtype)
 
 
 def _fits(x_TD: Tensor, weight_D: Tensor) -> bool:
@@ -99,11 +99,12 @@ def _rms_norm_backward(
     weight = weight_D.float() + offset if offset else weight_D.float()
     rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     x_hat = x * rstd
-    weighted = grad * weight
-    grad_x = (weighted - x_hat * (weighted * x_hat).mean(-1, keepdim=True)) * rstd
+    product = grad * x_hat
+    grad_weight = product.flatten(0, -2).sum(0)
+    along = (product @ weight).unsqueeze(-1).mul_(rstd).div_(x.shape[-1])
+    grad_x = (grad * weight).mul_(rstd).addcmul_(x_hat, along, value=-1)
     if grad_residual_TD is not None:
-        grad_x = grad_x + grad_residual_TD.float()
-    grad_weight = (grad * x_hat).flatten(0, -2).sum(0)
+        grad_x += grad_residual_TD
     return grad_x.to(x_TD.dtype), grad_weight.to(weight_D.dtype)
 
 

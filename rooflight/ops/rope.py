@@ -36,15 +36,18 @@ rotary_table = Op("rotary_table", _rotary_table, cost=_rotary_table_cost)
 
 def _turn(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool) -> Tensor:
     channels = cos_TC.shape[-1]
-    turned, kept = x_THE[..., : 2 * channels].float(), x_THE[..., 2 * channels :]
-    cos, sin = cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
+    x, cos, sin = x_THE.float(), cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        halves = slice(0, 2 * channels, 2), slice(1, 2 * channels, 2)
     else:
-        a, b = turned[..., :channels], turned[..., channels:]
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((out.to(x_THE.dtype), kept), dim=-1)
+        halves = slice(0, channels), slice(channels, 2 * channels)
+    a, b = (x[..., half] for half in halves)
+    out_a, out_b = (out[..., half] for half in halves)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    out[..., 2 * channels :] = x[..., 2 * channels :]
+    return out.to(x_THE.dtype)
 
 
 def _rotary(

@@ -106,14 +106,20 @@ def formula(tensors: list[Tensor], scale: float, step: int, lr: float, beta1: fl
 @pytest.mark.parametrize("scale", [None, 1.0, 0.3, 0.0])
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "masters"),
-    [("float32", "float32", False), ("bfloat16", "bfloat16", False), ("float16", "float16", False)]
-    + [("bfloat16", "float32", False), ("bfloat16", "float32", True), ("bfloat16", "bfloat16", True)],
+    [
+        ("float32", "float32", False),
+        ("bfloat16", "bfloat16", False),
+        ("float16", "float16", False),
+        ("bfloat16", "float32", False),
+        ("bfloat16", "float32", True),
+        ("bfloat16", "bfloat16", True),
+    ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_update_is_the_formula_rounded_once(
     dtype: str, state_dtype: str, masters: bool, scale: float | None, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever way a tensor takes: whole, in blocks with a short last one, or with strides that are not the others'."""
+    """Whichever way a tensor takes: whole, in blocks with a short last one, or with strides unlike the others'."""
     monkeypatch.setattr(adamw_module, "BLOCK", 32)
     kinds = [getattr(torch, name) for name in (dtype, dtype, state_dtype, state_dtype)]
     generator = torch.Generator().manual_seed(0)

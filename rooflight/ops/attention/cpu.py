@@ -3,6 +3,8 @@
 The kernel works on blocks of 512 keys and skips only whole ones, so that below a thousand tokens it computes what a
 causal mask hides, and it knows no window. Queries are therefore handed to it a tile at a time, with the keys that the
 tile sees: measured at 512 tokens (12 heads of 64, one core, fp32), 23% less time forward and 34% less backward.
+Key heads shared by a group of query heads go in as they are (pytorch/pytorch#157893), but for the backward in half
+precision: there the kernel would add a group's gradients up in bf16 (8 heads on one: 0.8% off where 0.4% can be had).
 Legend: B sequences  Q queries  S keys  H query heads  K key heads  E head dim  U value dim
 """
 
@@ -68,8 +70,7 @@ def forward(
     q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     """Output [B,Q,H,U] and log-sum-exp [B,H,Q]."""
-    heads = q_BQHE.shape[2]
-    q, k, v = q_BQHE.transpose(1, 2), expand_heads(k_BSKE, heads), expand_heads(v_BSKU, heads)
+    q, k, v = (x.transpose(1, 2) for x in (q_BQHE, k_BSKE, v_BSKU))
     fused = _aten._scaled_dot_product_flash_attention_for_cpu
     tiles = list(_tiles(q_BQHE, causal, window, _TILED))
     if not tiles:
@@ -94,27 +95,30 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    queries, heads, key_heads = q_BQHE.shape[1], q_BQHE.shape[2], k_BSKE.shape[2]
+    queries = q_BQHE.shape[1]
     tensors = (grad_BQHU, q_BQHE, k_BSKE, v_BSKU, out_BQHU)
     half = q_BQHE.dtype in (torch.bfloat16, torch.float16)
     if half and (queries <= _FP32_BACKWARD or window):
         grad, q, k, v, out = (x.float() for x in tensors)
         dq, dk, dv = (x.to(q_BQHE.dtype) for x in backward(grad, q, k, v, out, lse_BHQ, scale, causal, window))
         return dq, dk, dv
-    q, k, v = q_BQHE.transpose(1, 2), expand_heads(k_BSKE, heads), expand_heads(v_BSKU, heads)
-    grad, out, lse_BHQ = grad_BQHU.transpose(1, 2), out_BQHU.transpose(1, 2), lse_BHQ.to(_statistics(q))
+    grad, q, k, v, out = (x.transpose(1, 2) for x in tensors)
+    lse_BHQ = lse_BHQ.to(_statistics(q))
     fused = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     tiles = [] if half else list(_tiles(q_BQHE, causal, window, _TILED))
     if not tiles:
+        if half:
+            k, v = (expand_heads(x, q_BQHE.shape[2]) for x in (k_BSKE, v_BSKU))
         dq, dk, dv = fused(grad, q, k, v, out, lse_BHQ, 0.0, causal, scale=scale)
+        key_heads = k_BSKE.shape[2]
         return dq.transpose(1, 2).contiguous(), sum_groups(dk, key_heads), sum_groups(dv, key_heads)
-    dq_BQHE, dk, dv = q_BQHE.new_empty(q_BQHE.shape), torch.zeros_like(k), torch.zeros_like(v)
+    dq_BQHE, dk_BSKE, dv_BSKU = q_BQHE.new_empty(q_BQHE.shape), k.new_zeros(k_BSKE.shape), v.new_zeros(v_BSKU.shape)
     for rows, seen, mask in tiles:
         of_rows = (x[:, :, rows] for x in (grad, q))
         of_keys = (x[:, :, seen] for x in (k, v))
         made = (out[:, :, rows], lse_BHQ[:, :, rows])
         dq, dk_seen, dv_seen = fused(*of_rows, *of_keys, *made, 0.0, False, attn_mask=mask, scale=scale)
         dq_BQHE[:, rows] = dq.transpose(1, 2)
-        dk[:, :, seen] += dk_seen
-        dv[:, :, seen] += dv_seen
-    return dq_BQHE, sum_groups(dk, key_heads), sum_groups(dv, key_heads)
+        dk_BSKE[:, seen] += dk_seen.transpose(1, 2)
+        dv_BSKU[:, seen] += dv_seen.transpose(1, 2)
+    return dq_BQHE, dk_BSKE, dv_BSKU
