@@ -52,7 +52,7 @@ BLOCK = 2  # steps between synchronisations
 
 
 def job_of(model: str, dtype: str) -> Job:
-    """The job of one of MODELS; dtype bf16, or fp8 for products in fp8 over bf16 weights, which the peers do not have."""
+    """The job of one of MODELS; dtype bf16, or fp8 for our products in fp8 over bf16 weights."""
     name, batch, context, recompute, _ = MODELS[model]
     return Job(preset(name), batch, context, dtype, recompute)
 
@@ -264,8 +264,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU here: these runs need one H200; `python -m benchmarks.train_cpu` runs on a CPU")
     began, rows = time.perf_counter(), []
-    peers = [peer for peer in PEERS if peer in options.peers and options.dtype == "bf16"]
-    contenders = [*(name for name in OURS if name.split()[1] in options.ours), *peers]
+    rivals = [peer for peer in PEERS if peer in options.peers and options.dtype == "bf16"]
+    contenders = [*(name for name in OURS if name.split()[1] in options.ours), *rivals]
     for model, name in itertools.product(options.models, contenders):
         left = options.budget - (time.perf_counter() - began)
         if left < 10:

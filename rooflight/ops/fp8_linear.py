@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rooflight.ops.cost import Access, Cost, Movement, Primitive, elementwise_cost, matmul_cost, precision_of
 from rooflight.ops.linear import bias_grad
-from rooflight.ops.op import Op, lazy, rows_and_columns, same_kernel_dtype
+from rooflight.ops.op import Op, lazy, rows_and_columns
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -36,8 +36,12 @@ def _has_fp8(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def _casts(x_TK: Tensor, *rest: Any) -> bool:
-    return same_kernel_dtype(x_TK) and x_TK.numel() > 0 and _has_fp8(x_TK.device)
+    # Of fp32, some elements came out one fp8 number off on an H200, cause not found; training casts no fp32.
+    return x_TK.dtype in _HALF and x_TK.numel() > 0 and _has_fp8(x_TK.device)
 
 
 def _amax(x_TK: Tensor) -> Tensor:
