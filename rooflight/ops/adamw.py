@@ -148,10 +148,8 @@ def _torch_update_(
     if factor is None:
         fused([value], [grad], [mean], [square], [], steps)
         return
-    divisor = factor.float().reciprocal()
-    for value_block, mean_block, square_block, grad_block in _blocks(value, mean, square, grad):
-        # The kernel writes the scaled gradient back: into a copy in cache, for the caller's is not ours to change.
-        fused([value_block], [grad_block.clone()], [mean_block], [square_block], [], steps, grad_scale=divisor)
+    # The kernel writes the scaled gradient back.
+    fused([value], [grad], [mean], [square], [], steps, grad_scale=factor.float().reciprocal())
 
 
 def _adamw_shape(*_: Any) -> None:
@@ -196,6 +194,7 @@ def _kernel_takes(
 
 # adamw(params, grads, exp_avgs, exp_avg_sqs, masters, scale, step, lr, beta1, beta2, eps, weight_decay, seed)
 # masters: fp32 copies that are updated and rounded into the parameters; an empty list for none.
+# grads: may be left scaled, as torch.nn.utils.clip_grad_norm_ leaves them; a pass over memory less than keeping them.
 # scale: fp32 scalar on the device that multiplies every gradient. Where it is not finite, nothing changes: a step can
 #   be called off without the host waiting for the device.
 # step: number of this update, from 1. seed: 0 rounds to nearest; else weights and mean squares that are stored in bf16
@@ -207,5 +206,5 @@ adamw = Op(
     shape=_adamw_shape,
     kernel=lazy("rooflight.ops.kernels.optimizer", "adamw"),
     kernel_takes=_kernel_takes,
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"),
+    mutates=("params", "grads", "exp_avgs", "exp_avg_sqs", "masters"),
 )
