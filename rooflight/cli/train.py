@@ -138,10 +138,9 @@ def _dry(options: argparse.Namespace, settings: TrainSettings) -> None:
 def train(settings: TrainSettings, *, resume: bool) -> None:
     """A wet run from its settings to its last checkpoint and export."""
     from rooflight.hardware.host import keep_freed_memory
-    from rooflight.train.accounting import PeakMemory
     from rooflight.train.checkpoint import Checkpoints, run_lock
     from rooflight.train.export import check_target
-    from rooflight.train.job import device_of, prepare
+    from rooflight.train.job import prepare
 
     if not settings.out:
         raise InvalidValue("no --out given; name the directory that the run writes to")
@@ -155,13 +154,12 @@ def train(settings: TrainSettings, *, resume: bool) -> None:
             raise InvalidValue(f"--out {out} holds a run with checkpoints; add --resume, or name another directory")
         if not (resume and (out / RUN_FILE).is_file()):
             (out / RUN_FILE).write_text(to_toml(settings), encoding="utf-8")
-        memory = PeakMemory(device_of(settings))
         job = prepare(settings, lambda text: print(text, flush=True))
         with Checkpoints(out / "checkpoints", settings.keep, settings.async_checkpoint) as checkpoints:
-            _run(job, checkpoints, memory, resume)
+            _run(job, checkpoints, resume)
 
 
-def _run(job: Job, checkpoints: Any, memory: Any, resume: bool) -> None:
+def _run(job: Job, checkpoints: Any, resume: bool) -> None:
     from rooflight.report import perfetto
     from rooflight.train.export import export
     from rooflight.train.log import Log
@@ -169,7 +167,7 @@ def _run(job: Job, checkpoints: Any, memory: Any, resume: bool) -> None:
 
     settings = job.settings
     log = Log(job.out, settings.steps, 0, settings.tensorboard)
-    trainer = Trainer(job, checkpoints, log, memory, lambda profile: perfetto.write(profile, job.out / "profile"))
+    trainer = Trainer(job, checkpoints, log, lambda profile: perfetto.write(profile, job.out / "profile"))
     try:
         if resume and not trainer.resume():
             log.say(f"no whole checkpoint in {checkpoints.directory}; starting from step 0")

@@ -14,7 +14,7 @@ from rooflight.models.config import ModelConfig
 from rooflight.models.presets import resolve
 from rooflight.models.transformer import Transformer
 from rooflight.models.weights import load_pretrained
-from rooflight.train.accounting import Prediction, find_machine, memory_bytes, predict, recipe
+from rooflight.train.accounting import PeakMemory, Prediction, find_machine, memory_bytes, predict, recipe
 from rooflight.train.data import Dataset, Sources, Tokenizer, tokenize
 from rooflight.train.data import resolve as resolve_data
 from rooflight.train.data.build import Progress
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 class Job:
     """A run ready to start: `settings` are resolved, nothing in them is `auto` or 0 that stands for a default.
 
-    tokenizer: None where the data are token ids and nobody said whose.
+    tokenizer: None where the data are token ids and nobody said whose. memory: counts from before the model was made.
     """
 
     settings: TrainSettings
@@ -48,6 +48,7 @@ class Job:
     dataset: Dataset
     trainee: Trainee
     prediction: Prediction
+    memory: PeakMemory
 
     @property
     def out(self) -> Path:
@@ -119,11 +120,13 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
     if not settings.document_length:
         settings = replace(settings, document_length=_piece_length(dataset))
         prediction = predict(config, settings, machine, capacity)
+    # From here on: what came before, text and tokenizer and prediction, is no part of a step.
+    memory = PeakMemory(device)
     model = _model(settings, config, device, say)
     trainee = program.make_trainee(model, recipe(settings, config), settings.optimizer, tuple(1 for _ in config.layers))
     if trainee.optimizer is not None:
         trainee.optimizer.allocate()
-    return Job(settings, name, config, device, tokenizer, dataset, trainee, prediction)
+    return Job(settings, name, config, device, tokenizer, dataset, trainee, prediction, memory)
 
 
 def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, say: Say) -> Tokenizer | None:

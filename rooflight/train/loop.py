@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rooflight.errors import NonFiniteStep
 from rooflight.train import accounting, state
-from rooflight.train.accounting import PeakMemory
 from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints
 from rooflight.train.data import Prefetch
 from rooflight.train.feed import micro_batches
@@ -51,11 +50,10 @@ class Trainer:
         job: Job,
         checkpoints: Checkpoints,
         log: Log,
-        memory: PeakMemory,
         write_profile: Callable[[Profile], str] | None = None,
     ):
         self.job, self.checkpoints, self.log = job, checkpoints, log
-        self.prediction, self.memory = job.prediction, memory
+        self.prediction = job.prediction
         self._write_profile = write_profile
         self.step = 0  # steps taken
         self.skipped = 0
@@ -213,7 +211,7 @@ class Trainer:
         tokens = settings.batch_size * settings.context
         machine = prediction.machine
         shares = accounting.utilisation(job.config, settings.context, tokens / seconds, machine, settings.dtype)
-        peak = self.memory.read()
+        peak = job.memory.read()
         predicted = prediction.seconds
         predicted_peak = prediction.peak_bytes
         self.log.say(
