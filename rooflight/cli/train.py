@@ -15,6 +15,7 @@ from rooflight.train.settings import TrainSettings, from_toml, parse_value, to_t
 
 if TYPE_CHECKING:
     from rooflight.train.job import Job
+    from rooflight.train.loop import Trainer
 
 SUMMARY = "train a decoder and account for every step; with --dry predict time, memory and cost on any machine"
 EXAMPLES = """examples:
@@ -159,6 +160,21 @@ def train(settings: TrainSettings, *, resume: bool) -> None:
             _run(job, checkpoints, resume)
 
 
+def _within_memory(trainer: Trainer) -> None:
+    """Run; a device that is full after all is one line, and the checkpoints stay."""
+    import torch
+
+    try:
+        trainer.run()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        predicted = trainer.prediction.peak_bytes / 2**30
+        raise InvalidValue(
+            f"step {trainer.step + 1} ran out of memory on {trainer.job.device.type} ({predicted:.1f} GiB predicted); "
+            "free what else is on the device, or resume with --recompute full, or start with a smaller "
+            "--micro-batch-size"
+        ) from error
+
+
 def _run(job: Job, checkpoints: Any, resume: bool) -> None:
     from rooflight.report import perfetto
     from rooflight.train.export import export
@@ -172,7 +188,7 @@ def _run(job: Job, checkpoints: Any, resume: bool) -> None:
         if resume and not trainer.resume():
             log.say(f"no whole checkpoint in {checkpoints.directory}; starting from step 0")
         log.say(trainer.describe())
-        trainer.run()
+        _within_memory(trainer)
         if settings.export and trainer.step >= settings.steps:
             export(job.trainee.model, settings.export, job.tokenizer)
             log.say(f"exported to {settings.export}")

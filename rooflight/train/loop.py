@@ -140,7 +140,8 @@ class Trainer:
         def take(recorder: Recorder | None = None) -> None:
             outcome = job.trainee.step(
                 micros,
-                targets=rows.targets,
+                # 0 would mean "count your own"; a batch without any target has a loss of 0.
+                targets=max(rows.targets, 1),
                 seed=state.rounding_seed(settings.seed, self.step) if settings.rounding == "stochastic" else 0,
                 recorder=recorder,
                 before_update=before_update,

@@ -23,7 +23,7 @@ def held_out_loss(job: Job) -> tuple[float, int] | None:
     for micro in micro_batches(rows, 1, job.device):
         with batches.use(micro.facts):
             part = job.trainee.model(
-                micro.tokens_T, micro.positions_T, micro.layout, micro.targets_T, target_count=rows.targets
+                micro.tokens_T, micro.positions_T, micro.layout, micro.targets_T, target_count=max(rows.targets, 1)
             )
         total += float(part)
     return total, rows.targets

@@ -219,3 +219,21 @@ def test_kill_at_random_moments(data: Path, tmp_path: Path) -> None:
     assert process(data, out, *more, "--resume").wait() == 0
     assert equal(weights(out), weights(tmp_path / "straight"))
     assert in_saves >= 10
+
+
+def test_a_full_device_is_one_line_and_the_checkpoints_stay(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Trainer._one
+
+    def one(self: Trainer, rows: Any) -> None:
+        if self.step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        taken(self, rows)
+
+    monkeypatch.setattr(Trainer, "_one", one)
+    assert run(data, tmp_path / "out", "--checkpoint-every", "3") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "step 8 ran out of memory on cpu" in err
+    assert [path.name for path in sorted((tmp_path / "out" / "checkpoints").glob("step-*"))][-1] == "step-00000006"
