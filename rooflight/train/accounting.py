@@ -22,6 +22,7 @@ from rooflight.models.count import parameter_counts
 from rooflight.models.recompute import Recompute
 from rooflight.train.recompute import GIB, choose
 from rooflight.train.settings import TrainSettings
+from rooflight.train.whole_step import whole_step
 from rooflight.workload import program, walk
 from rooflight.workload.explanation import Memory
 from rooflight.workload.memory import over_time
@@ -105,21 +106,14 @@ def predict(config: ModelConfig, settings: TrainSettings, machine: Machine | Non
     found = plan.recipe or Recipe()
     count = found.micro_batches
 
-    def walked(micro: int) -> walk.Walk:
-        at = replace(plan, recipe=replace(found, micro_batches=micro))
-        return walk.dry(lambda: program.decoder(config, at, "cpu", fold=True))
-
-    whole = walked(min(count, 2))
-    memory = over_time(whole, machine.memory_bytes.value if machine else capacity)
+    at = replace(plan, recipe=replace(found, micro_batches=min(count, 2)))
+    walked = walk.dry(lambda: program.decoder(config, at, "cpu", fold=True))
+    memory = over_time(walked, machine.memory_bytes.value if machine else capacity)
     if machine is None:
-        return Prediction(None, None, None, memory, whole, None)
-    timed = time_walk(whole, machine, graph=False)
-    seconds, roof = timed.expected_seconds, timed.roof_seconds
-    if count > 2:
-        one = time_walk(walked(1), machine, graph=False)
-        seconds += (count - 2) * (seconds - one.expected_seconds)
-        roof += (count - 2) * (roof - one.roof_seconds)
-    return Prediction(machine, seconds, roof, memory, whole, timed)
+        return Prediction(None, None, None, memory, walked, None)
+    timed = time_walk(walked, machine, graph=False)
+    whole = whole_step(timed, count)
+    return Prediction(machine, whole.expected_seconds, whole.roof_seconds, memory, walked, timed)
 
 
 def flops_per_token(config: ModelConfig, context: int) -> tuple[float, float]:

@@ -126,7 +126,7 @@ def dry_run(
     verdict, alternatives = fit_sentence(config, settings, prediction, capacity, machine.title or machine.name)
     return DryRun(
         model=name,
-        machine=explain._facts(machine),
+        machine=explain.machine_facts(machine),
         kind=machine.kind,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro,
@@ -151,7 +151,7 @@ def dry_run(
         fits=prediction.memory.fits,
         verdict=verdict,
         alternatives=alternatives,
-        provenance=explain._provenance(machine, whole, points),
+        provenance=explain.provenance(machine, whole, points),
         notes=_notes(settings),
     )
 

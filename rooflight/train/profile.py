@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rooflight.ops import aten
-from rooflight.ops.aten.registry import _find as price_of
+from rooflight.ops.aten.registry import rule_of
 from rooflight.ops.op import find
 from rooflight.train.accounting import Prediction
 from rooflight.train.comparison import HeadroomRow, Held, Profile, Slice, compare, counted
@@ -49,7 +49,7 @@ class _Lenient(Recorder):
         self.unpriced: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = find(func) is not None or func._schema.name in aten.VIEWS or price_of(func) is not None
+        known = find(func) is not None or func._schema.name in aten.VIEWS or rule_of(func) is not None
         if not known and not aten.decomposes(func):
             self.unpriced[str(func)] += 1
             return func(*args, **(kwargs or {}))

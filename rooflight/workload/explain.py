@@ -46,7 +46,8 @@ def _uses_graph(machine: Machine, setting: Setting) -> bool:
     return machine.kind != "cpu" and setting.phase == "decode"
 
 
-def _facts(machine: Machine) -> MachineFacts:
+def machine_facts(machine: Machine) -> MachineFacts:
+    """What reports say of a machine: peaks, bandwidth and ceilings."""
     matmul = {
         name.split(".", 1)[1]: figure.value for name, figure in machine.measured.items() if name.startswith("matmul.")
     }
@@ -170,7 +171,7 @@ def _assemble(
     settings = {key: value for key, value in asdict(setting).items() if key not in hidden and value is not None}
     return Explanation(
         model=name,
-        machine=_facts(machine),
+        machine=machine_facts(machine),
         phase=setting.phase,
         batch=setting.batch,
         context=setting.context,
@@ -195,7 +196,7 @@ def _assemble(
         movement=movement,
         memory=memory,
         advice=[],
-        provenance=_provenance(machine, timed, points),
+        provenance=provenance(machine, timed, points),
         notes=notes,
     )
 
@@ -243,7 +244,8 @@ def _residuals(points: list[Row], most: int = 3) -> list[str]:
     return ["largest residuals, predicted less measured: " + "; ".join(lines)] if lines else []
 
 
-def _provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, str]:
+def provenance(machine: Machine, timed: Timed, points: list[Row]) -> dict[str, str]:
+    """Where each kind of figure comes from, the expected times by their share."""
     shares: dict[str, float] = dict.fromkeys((str(name) for name in PROVENANCES), 0.0)
     for row in points:
         shares[row.provenance] += row.expected_seconds
@@ -284,4 +286,4 @@ def _write_formulas(result: Explanation, config: ModelConfig, setting: Setting) 
     result.legend = {name: what for name, what in formulas.LEGEND.items() if name[0] in used}
 
 
-__all__ = ["Measured", "check_setting", "explain_decoder", "explain_module"]
+__all__ = ["Measured", "check_setting", "explain_decoder", "explain_module", "machine_facts", "provenance"]

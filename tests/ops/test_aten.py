@@ -106,7 +106,7 @@ def foreign():
     torch.library.register_fake("rooflight_test::double", lambda x, y: torch.empty_like(x), lib=library)
     yield torch.ops.rooflight_test.double
     registry._rules.pop("rooflight_test::double", None)
-    registry._find.cache_clear()
+    registry.rule_of.cache_clear()
     library._destroy()
 
 

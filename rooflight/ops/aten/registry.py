@@ -72,7 +72,7 @@ def prices(*operators: Operator) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         for operator in operators:
             _rules[_key(operator)] = rule
-        _find.cache_clear()
+        rule_of.cache_clear()
         return rule
 
     return register
@@ -104,7 +104,8 @@ def base_name(func: torch._ops.OpOverload) -> str:
 
 
 @cache
-def _find(func: torch._ops.OpOverload) -> Rule | None:
+def rule_of(func: torch._ops.OpOverload) -> Rule | None:
+    """The price of one of PyTorch's operators, or None where nobody gave it one."""
     for name in (func.name(), func._schema.name, base_name(func)):
         if name in _rules:
             return _rules[name]
@@ -121,7 +122,7 @@ def decomposes(func: torch._ops.OpOverload) -> bool:
     Under `torch.inference_mode` a dispatch mode is handed composites such as aten::layer_norm whole; the recorder then
     returns `func.decompose(*args, **kwargs)` from inside itself instead of pricing the call.
     """
-    return func._schema.name not in VIEWS and _find(func) is None and func._can_decompose()
+    return func._schema.name not in VIEWS and rule_of(func) is None and func._can_decompose()
 
 
 def price(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Cost | None:
@@ -131,7 +132,7 @@ def price(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[st
     """
     if func._schema.name in VIEWS:
         return None
-    rule = _find(func)
+    rule = rule_of(func)
     if rule is None:
         raise UnpricedOp(_unpriced(func, args, kwargs))
     call = _bind(func, args, kwargs, output)
