@@ -26,7 +26,7 @@ FORMATS = ("table", "json", "csv", "md", "html")
 PHASES = ("prefill", "decode", "train")
 DTYPES = ("fp32", "bf16", "fp16")
 KV_DTYPES = ("fp32", "bf16", "fp16", "fp8")
-OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-master", "sgd", "none")
+OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-master", "muon", "sgd", "none")
 GROUPINGS = ("component", "layer", "op", "primitive")
 DEFAULT_CONTEXT = 2048
 

@@ -155,7 +155,7 @@ def train(settings: TrainSettings, *, resume: bool) -> None:
             raise InvalidValue(f"--out {out} holds a run with checkpoints; add --resume, or name another directory")
         if not (resume and (out / RUN_FILE).is_file()):
             (out / RUN_FILE).write_text(to_toml(settings), encoding="utf-8")
-        job = prepare(settings, lambda text: print(text, flush=True))
+        job = prepare(settings, lambda text: print(text, flush=True), resume)
         with Checkpoints(out / "checkpoints", settings.keep, settings.async_checkpoint) as checkpoints:
             _run(job, checkpoints, resume)
 
@@ -182,7 +182,7 @@ def _run(job: Job, checkpoints: Any, resume: bool) -> None:
     from rooflight.train.loop import Trainer
 
     settings = job.settings
-    log = Log(job.out, settings.steps, 0, settings.tensorboard)
+    log = Log(job.out, settings.steps, settings.tensorboard)
     trainer = Trainer(job, checkpoints, log, lambda profile: perfetto.write(profile, job.out / "profile"))
     try:
         if resume and not trainer.resume():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -92,8 +93,11 @@ def _has_weights(settings: TrainSettings) -> bool:
     return path.is_dir() and not settings.from_scratch and any(path.glob("*.safetensors"))
 
 
-def prepare(settings: TrainSettings, say: Say) -> Job:
-    """Everything that a wet run needs; `say` is told what takes long. Raises InvalidValue on what cannot be run."""
+def prepare(settings: TrainSettings, say: Say, resume: bool = False) -> Job:
+    """Everything that a wet run needs; `say` is told what takes long. Raises InvalidValue on what cannot be run.
+
+    resume: the tokenizer that the run has kept is taken; else one that an earlier attempt left is replaced.
+    """
     device = device_of(settings)
     settings, name, config = resolve_model(settings, device.type == "cuda")
     if not settings.out:
@@ -107,7 +111,7 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
     prediction = predict(config, settings, machine, capacity)
     refuse_if_too_large(config, settings, prediction, capacity)
     sources = resolve_data(settings.data, settings.text_field)
-    tokenizer = _tokenizer(settings, config, sources, say)
+    tokenizer = _tokenizer(settings, config, sources, say, resume)
     dataset = _dataset(settings, sources, tokenizer, say)
     if settings.export and tokenizer is None:
         raise InvalidValue(f"--export {settings.export} needs a tokenizer, and the data are token ids; add --tokenizer")
@@ -117,8 +121,8 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
             f"the data have {ids} different tokens, {name} a vocabulary of {config.vocab_size}; "
             f"add --vocab-size {ids} for a new model, or choose another --tokenizer"
         )
-    if not settings.document_length:
-        settings = replace(settings, document_length=_piece_length(dataset))
+    if not settings.document_length and (length := _piece_length(dataset)):
+        settings = replace(settings, document_length=length)
         prediction = predict(config, settings, machine, capacity)
     # From here on: what came before, text and tokenizer and prediction, is no part of a step.
     memory = PeakMemory(device)
@@ -129,11 +133,14 @@ def prepare(settings: TrainSettings, say: Say) -> Job:
     return Job(settings, name, config, device, tokenizer, dataset, trainee, prediction, memory)
 
 
-def _tokenizer(settings: TrainSettings, config: ModelConfig, sources: Sources, say: Say) -> Tokenizer | None:
+def _tokenizer(
+    settings: TrainSettings, config: ModelConfig, sources: Sources, say: Say, resume: bool
+) -> Tokenizer | None:
     """The run's tokenizer, kept in OUT/tokenizer: the one named, the model's, or one trained on the data."""
     kept = Path(settings.out) / "tokenizer"
-    if (kept / "tokenizer.json").is_file():
+    if resume and (kept / "tokenizer.json").is_file():
         return Tokenizer.load(kept)
+    shutil.rmtree(kept, ignore_errors=True)
     own = Path(settings.model)
     if settings.tokenizer == "auto" and (own / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(own)

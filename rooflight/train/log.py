@@ -15,11 +15,11 @@ GIB = 2**30
 class Log:
     """Writes every event as one JSON line, and the ones that a person wants to see as text."""
 
-    def __init__(self, directory: Path, steps: int, first: int, tensorboard: bool):
+    def __init__(self, directory: Path, steps: int, tensorboard: bool):
         directory.mkdir(parents=True, exist_ok=True)
         self._file = (directory / "log.jsonl").open("a", encoding="utf-8")
         self._writer = _tensorboard(directory) if tensorboard else None
-        self._bar = _bar(steps, first) if sys.stderr.isatty() else None
+        self._bar = _bar(steps) if sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
         """A line for the person who watches; above the bar where there is one."""
@@ -65,13 +65,13 @@ def _tensorboard(directory: Path) -> Any:
     return SummaryWriter(str(directory / "tensorboard"))
 
 
-def _bar(steps: int, first: int) -> Any:
+def _bar(steps: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    bar.add_task("train", total=steps, completed=first, what="")
+    bar.add_task("train", total=steps, what="")
     bar.start()
     return bar
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflight.errors import NonFiniteStep
+from rooflight.errors import InvalidValue, NonFiniteStep
 from rooflight.train import accounting, state
-from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints
+from rooflight.train.checkpoint import CheckpointNotSaved, Checkpoints, rng_state, set_rng_state
 from rooflight.train.data import Prefetch
 from rooflight.train.feed import micro_batches
 from rooflight.train.job import Job
@@ -62,6 +62,7 @@ class Trainer:
         self._stop: str | None = None
         self._busy = 0.0  # seconds of steps since the last log line
         self._since = 0  # the step of the last log line
+        self._rate = 0.0  # the learning rate of the last step
         self._saved: int | None = None  # the step of the last checkpoint
 
     def resume(self) -> bool:
@@ -71,7 +72,14 @@ class Trainer:
             self.log.say(f"damaged checkpoint passed over: {problem}")
         if newest is None:
             return False
+        data = self.checkpoints.meta(newest)["data"]
+        if data != self.job.dataset.store.fingerprint():
+            raise InvalidValue(
+                f"--data {' '.join(self.job.settings.data)} holds other tokens than when {newest} was saved; "
+                "give the data as they were, or start a new run in another --out"
+            )
         meta = self.checkpoints.load(newest, state.tensors(self.job.trainee))
+        set_rng_state(meta["rng"], self.job.device)
         state.restore_counts(self.job.trainee, meta["counts"])
         self.step, self.skipped = meta["step"], meta["skipped"]
         self._saved = self._since = self.step
@@ -207,7 +215,9 @@ class Trainer:
         """The log line: what the steps since the last one did, beside what they should have."""
         settings, job, prediction = self.job.settings, self.job, self.prediction
         self._settle()
-        seconds = self._busy / max(self.step - self._since, 1)
+        if self.step == self._since:
+            return  # the one step since the last line was profiled, and has had its table
+        seconds = self._busy / (self.step - self._since)
         self._busy, self._since = 0.0, self.step
         tokens = settings.batch_size * settings.context
         machine = prediction.machine
@@ -272,7 +282,13 @@ class Trainer:
         self._settle()
         if self._saved == self.step:
             return
-        meta = {"step": self.step, "skipped": self.skipped, "counts": state.counts(self.job.trainee)}
+        meta = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "counts": state.counts(self.job.trainee),
+            "data": self.job.dataset.store.fingerprint(),
+            "rng": rng_state(self.job.device),
+        }
         self.checkpoints.save(self.step, state.tensors(self.job.trainee), meta)
         self._saved = self.step
         self.log.event("checkpoint", step=self.step)

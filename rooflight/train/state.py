@@ -1,6 +1,7 @@
 """What a checkpoint of a run keeps: every tensor by name, and the rest as plain data; and putting it back.
 
-Nothing else is state: the order of the data, the learning rate and the rounding are functions of the step.
+The order of the data, the learning rate and the rounding are functions of the step; torch's own random state, which no
+step draws from today, is kept by the loop.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def process(data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
     """The run in a process of its own."""
     command = [sys.executable, "-m", "rooflight", *arguments(data, out, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
 
 
 def weights(out: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,8 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rooflight.train.loop import Trainer
 from rooflight.workload.training import Trainee
 from tests.train.runs import equal, events, process, run, text, weights
-
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +99,39 @@ def test_micro_batches_and_recomputation_see_the_same_data(data: Path, straight:
 def test_resume_without_a_checkpoint_starts_anew(data: Path, straight: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "out", "--resume") == 0
     assert equal(weights(tmp_path / "out"), weights(straight))
+
+
+def test_a_resumed_run_reads_no_other_data(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "text"
+    shutil.copytree(data, mine)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        assert run(mine, tmp_path / "out") == 0
+    (mine / "000.txt").touch()
+    with monkeypatch.context() as patched:
+        stop_after(patched, 7)
+        assert run(mine, tmp_path / "out", "--resume") == 0, "the same text, saved again, is the same data"
+    (mine / "000.txt").write_text("yield " * 40)
+    assert run(mine, tmp_path / "out", "--resume") == 2
+    assert "holds other tokens" in capsys.readouterr().err
+
+
+def test_what_an_attempt_left_is_not_taken_up_without_resume(data: Path, tmp_path: Path) -> None:
+    """An attempt that ended before its first checkpoint: the next one's tokenizer is its own."""
+    out = tmp_path / "out"
+    assert run(data, out, "--vocab-size", "280", "--context", "9999") == 2
+    assert run(data, out, "--vocab-size", "280", "--export", str(data)) == 2
+    (out / "tokenizer").mkdir(parents=True)
+    (out / "tokenizer" / "tokenizer.json").write_text("left over")
+    assert run(data, out, "--steps", "1") == 0
+
+
+def test_profiling_every_step_of_a_log_line_tells_no_rate(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path / "out", "--steps", "3", "--log-every", "1", "--profile", "2") == 0
+    assert [event["step"] for event in events(tmp_path / "out", "step")] == [1, 3]
+    assert (tmp_path / "out" / "profile" / "step-2.trace.json").is_file()
 
 
 def test_a_used_directory_is_refused(data: Path, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:

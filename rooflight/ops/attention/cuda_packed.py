@@ -2,7 +2,7 @@
 
 cuDNN's, tried on an H200 with torch 2.11, took 100 times as long and gave wrong gradients (docs/performance-log.md).
 
-Neither reads a length on the host. Both want as many value channels as key channels: fewer are filled up with zeros.
+They read no length on the host, and want as many value channels as key channels: fewer are filled up with zeros.
 Sinks need no kernel of their own: out and log-sum-exp of plain attention are rescaled, and with the rescaled ones the
 plain backward yields the right gradients, for P = exp(s − lse) and δ = Σ grad·out are then those with sinks.
 Legend: T tokens  N documents  H query heads  K key heads  E head dim  U value dim
