@@ -10,7 +10,20 @@ import pytest
 import rooflight
 
 PACKAGE = Path(rooflight.__file__).parent
-ORDER = ("errors", "hardware", "ops", "models", "parallel", "workload", "train", "serve", "plan", "report", "cli")
+ORDER = (
+    "errors",
+    "settings",
+    "hardware",
+    "ops",
+    "models",
+    "parallel",
+    "workload",
+    "train",
+    "serve",
+    "plan",
+    "report",
+    "cli",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

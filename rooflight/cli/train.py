@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rooflight.cli.parser import one_of
+from rooflight.cli.parser import one_of, settings_options
 from rooflight.errors import InvalidValue
-from rooflight.train.settings import TrainSettings, from_toml, parse_value, to_toml
+from rooflight.train.settings import TrainSettings, from_toml, to_toml
 
 if TYPE_CHECKING:
     from rooflight.train.job import Job
@@ -45,29 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dry.add_argument("--usd-per-hour", type=float, help="price of the machine, for the cost of the token budget")
     dry.add_argument("-o", "--output", type=one_of("-o", ("table", "json", "html")), default="table", help="of --dry")
     dry.add_argument("--report", metavar="FILE", type=Path, help="write the dry report here instead of printing it")
-    groups: dict[str, Any] = {}
-    for entry in fields(TrainSettings):
-        group = entry.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        flag = "--" + entry.name.replace("_", "-")
-        text = entry.metadata["help"].replace("%", "%%")
-        common = {"dest": entry.name, "default": argparse.SUPPRESS}
-        if isinstance(entry.default, bool):
-            groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
-        elif isinstance(entry.default, tuple):
-            groups[group].add_argument(flag, nargs="+", metavar=entry.metadata["metavar"], help=text, **common)
-        else:
-            shown = f"{text} (default {entry.default})" if entry.default else text
-            metavar = entry.metadata.get("metavar", "{" + ",".join(entry.metadata["choices"]) + "}"
-                                         if "choices" in entry.metadata else entry.name.upper())  # fmt: skip
-            groups[group].add_argument(
-                flag, type=_parser(entry.name, entry.default), metavar=metavar, help=shown, **common
-            )
-
-
-def _parser(name: str, default: Any) -> Any:
-    return lambda text: parse_value(name, text, default)
+    settings_options(parser, TrainSettings)
 
 
 def run(options: argparse.Namespace) -> None:

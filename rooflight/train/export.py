@@ -59,7 +59,7 @@ def export(
     directory = Path(directory).expanduser().resolve()
     check_target(directory, overwrite)
     if isinstance(tokenizer, (str, Path)):
-        from rooflight.train.data.tokenizer import Tokenizer
+        from rooflight.models.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:

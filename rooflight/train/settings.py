@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rooflight.errors import InvalidValue
+from rooflight.settings import check_values, option, parse_value
 
 DTYPES = ("auto", "fp32", "bf16", "fp8")
-UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def option(default: Any, group: str, help: str, **meta: Any) -> Any:
-    """A setting with its help; metadata choices, least, most, more_than and metavar are checked and shown."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **meta})
 
 
 _D, _M, _R, _S, _O, _C, _L, _P = (
@@ -119,8 +112,7 @@ class TrainSettings:
 
     def check(self) -> TrainSettings:
         """Raise InvalidValue on values out of range, and on settings that contradict each other."""
-        for entry in fields(self):
-            _check_value(entry.name, getattr(self, entry.name), entry.metadata)
+        check_values(self)
         if self.batch_size % self.micro:
             allowed = ", ".join(str(d) for d in range(1, self.batch_size + 1) if self.batch_size % d == 0)
             raise InvalidValue(
@@ -139,52 +131,6 @@ class TrainSettings:
                 f"--activation-gib {self.activation_gib} does nothing with --recompute {self.recompute}; use selective"
             )
         return self
-
-
-def _check_value(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    flag = "--" + name.replace("_", "-")
-    if "choices" in rule and value not in rule["choices"]:
-        near = difflib.get_close_matches(str(value), rule["choices"], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidValue(f"{flag} {value!r} is unknown; use one of {', '.join(rule['choices'])}{hint}")
-    tests = {
-        "least": (lambda a, b: a >= b, "at least"),
-        "most": (lambda a, b: a <= b, "at most"),
-        "less_than": (lambda a, b: a < b, "less than"),
-        "more_than": (lambda a, b: a > b, "more than"),
-    }
-    for key, (holds, words) in tests.items():
-        if key in rule and not holds(value, rule[key]):
-            raise InvalidValue(f"{flag} {value} is out of range; it must be {words} {rule[key]}")
-
-
-def parse_value(name: str, text: str, default: Any) -> Any:
-    """A flag's text as the type of its default; whole numbers may end in K, M, B or T."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(default, int):
-        return _whole(flag, text)
-    if isinstance(default, float):
-        try:
-            value = float(text)
-        except ValueError:
-            raise InvalidValue(f"{flag} {text!r} is not a number") from None
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InvalidValue(f"{flag} {text!r} is not a finite number")
-        return value
-    return text
-
-
-def _whole(flag: str, text: str) -> int:
-    number, factor = text.strip(), 1
-    if number[-1:].upper() in UNITS:
-        number, factor = number[:-1], UNITS[number[-1].upper()]
-    try:
-        value = float(number) * factor if "." in number else int(number) * factor
-    except ValueError:
-        raise InvalidValue(f"{flag} {text!r} is not a whole number (K, M, B and T may follow it)") from None
-    if value != int(value):
-        raise InvalidValue(f"{flag} {text!r} is not a whole number (K, M, B and T may follow it)")
-    return int(value)
 
 
 def from_toml(path: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import numpy as np
 
 from rooflight.errors import InvalidValue, RooflightError
 from rooflight.models.huggingface import read_json
+from rooflight.models.tokenizer import Tokenizer, Vocabulary
 from rooflight.train.data.shards import FORMAT, META, VERSION, Store, is_store, open_shards
 from rooflight.train.data.sources import Sources, resolve
 from rooflight.train.data.token_files import read_tokens
-from rooflight.train.data.tokenizer import Tokenizer, Vocabulary
 from rooflight.train.data.writer import Progress, Report, Writer, close, open_file
 
 GIB = 1 << 30

@@ -20,7 +20,7 @@ import numpy as np
 
 from rooflight.errors import InvalidValue
 from rooflight.models.huggingface import read_json
-from rooflight.train.data.tokenizer import Vocabulary
+from rooflight.models.tokenizer import Vocabulary
 
 META, DOCUMENTS, FORMAT, VERSION = "meta.json", "documents.bin", "rooflight tokens", 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rooflight.errors import InvalidValue
-from rooflight.train.data.tokenizer import Vocabulary
+from rooflight.models.tokenizer import Vocabulary
 
 _BLOCK = 1 << 20
 _NPY_TYPES = ("uint16", "uint32", "int32", "int64")

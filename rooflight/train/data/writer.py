@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from rooflight.models.tokenizer import Vocabulary
 from rooflight.train.data.shards import DOCUMENTS, id_type
 from rooflight.train.data.sources import Sources
-from rooflight.train.data.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
