@@ -9,6 +9,10 @@ from pathlib import Path
 
 import torch
 
+from rooflight.errors import InvalidValue
+from rooflight.hardware.machine import Machine
+from rooflight.hardware.store import load, match_device
+
 # glibc's names for what mallopt sets (malloc.h), and the most that it takes.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST = -1, -3, 2**31 - 1
 
@@ -65,6 +69,16 @@ def device_title(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def find_machine(name: str, device: torch.device) -> Machine | None:
+    """The machine to predict for: the one named, else this one as probed, else this GPU's of the catalog, else none."""
+    if name:
+        return load(name)
+    try:
+        return load("here")
+    except InvalidValue:
+        return match_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def versions(device: torch.device) -> str:

@@ -80,9 +80,18 @@ class Scheduler:
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request. Raises InvalidValue on one that could never run, and on an id that is taken."""
-        config = self.config
         if request.id in self._requests:
             raise InvalidValue(f"request id {request.id!r} is in use; give each request an id of its own")
+        self.check(request)
+        request.times.arrival = now
+        request.order = self._arrivals
+        self._arrivals += 1
+        self._requests[request.id] = request
+        heapq.heappush(self._waiting, (self._rank(request), request))
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidValue on a request that could never run."""
+        config = self.config
         if not request.prompt:
             raise InvalidValue("an empty prompt cannot be continued; give at least one token")
         longest = len(request.prompt) + request.max_tokens
@@ -101,11 +110,6 @@ class Scheduler:
                 f"a prompt of {len(request.prompt)} tokens exceeds the {config.max_num_batched_tokens} of a step; "
                 "allow chunked prefill or raise --max-num-batched-tokens"
             )
-        request.times.arrival = now
-        request.order = self._arrivals
-        self._arrivals += 1
-        self._requests[request.id] = request
-        heapq.heappush(self._waiting, (self._rank(request), request))
 
     def cancel(self, request_id: str) -> Request | None:
         """End a request wherever it stands; what a launched step still computes for it is dropped."""

@@ -13,10 +13,8 @@ from typing import cast
 
 import torch
 
-from rooflight.errors import InvalidValue
 from rooflight.hardware.host import memory_bytes
 from rooflight.hardware.machine import Machine
-from rooflight.hardware.store import load, match_device
 from rooflight.models.config import ModelConfig
 from rooflight.models.count import parameter_counts
 from rooflight.models.recompute import Recompute
@@ -156,16 +154,6 @@ def utilisation(
     )
 
 
-def find_machine(name: str, device: torch.device) -> Machine | None:
-    """The machine to predict for: the one named, else this one as probed, else this GPU's of the catalog, else none."""
-    if name:
-        return load(name)
-    try:
-        return load("here")
-    except InvalidValue:
-        return match_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
 class PeakMemory:
     """The most memory that this process has taken since it was made: CUDA's allocated bytes, or resident pages."""
 
@@ -205,7 +193,6 @@ __all__ = [
     "PeakMemory",
     "Prediction",
     "Utilisation",
-    "find_machine",
     "flops_per_token",
     "memory_bytes",
     "predict",

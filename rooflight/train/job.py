@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from rooflight.errors import InvalidValue
+from rooflight.hardware.host import find_machine, memory_bytes
 from rooflight.models.config import ModelConfig
 from rooflight.models.presets import resolve
 from rooflight.models.transformer import Transformer
 from rooflight.models.weights import load_pretrained
-from rooflight.train.accounting import PeakMemory, Prediction, find_machine, memory_bytes, predict, recipe
+from rooflight.train.accounting import PeakMemory, Prediction, predict, recipe
 from rooflight.train.data import Dataset, Sources, Tokenizer, tokenize
 from rooflight.train.data import resolve as resolve_data
 from rooflight.train.data.build import Progress
