@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rooflight.ops import batch
-from rooflight.ops.attention import pairs
+from rooflight.ops.attention import paged_cpu, paged_cuda, pairs
 from rooflight.ops.attention.flash import forward_parts, fused_cost
 from rooflight.ops.cost import Access, Cost, Count, Movement, Primitive, precision_of, tensor_bytes
-from rooflight.ops.op import Op
+from rooflight.ops.op import Op, lazy
 
 
 def _write_kv(k_TKE: Tensor, v_TKU: Tensor | None, k_NPKE: Tensor, v_NPKU: Tensor | None, slots_T: Tensor) -> None:
@@ -48,7 +48,15 @@ def _write_kv_cost(
     )
 
 
-write_kv = Op("write_kv", _write_kv, cost=_write_kv_cost, shape=_write_kv_shape, mutates=("k_NPKE", "v_NPKU"))
+write_kv = Op(
+    "write_kv",
+    _write_kv,
+    cost=_write_kv_cost,
+    shape=_write_kv_shape,
+    kernel=lazy("rooflight.ops.kernels.kv_cache", "write_kv"),
+    kernel_takes=paged_cuda.takes_write,
+    mutates=("k_NPKE", "v_NPKU"),
+)
 
 
 def _gather(cache_NPKE: Tensor, block_table_BM: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,6 +78,9 @@ def _paged_attention(
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
+    if paged_cpu.takes(q_THE, k_NPKE, v_NPKU, softcap):
+        layout = (block_table_BM, context_lengths_B, query_starts_B1)
+        return paged_cpu.paged_attention(q_THE, k_NPKE, v_NPKU, *layout, value_dim, scale, window, sinks_H)
     tokens, heads, _ = q_THE.shape
     sequences, key_heads = block_table_BM.shape[0], k_NPKE.shape[2]
     keys = _gather(k_NPKE, block_table_BM, q_THE.dtype)
@@ -163,7 +174,14 @@ def _paged_attention_cost(
     return fused_cost(parts, size, precision_of(q_THE), Access.RANDOM)
 
 
-paged_attention = Op("paged_attention", _paged_attention, cost=_paged_attention_cost, shape=_paged_attention_shape)
+paged_attention = Op(
+    "paged_attention",
+    _paged_attention,
+    cost=_paged_attention_cost,
+    shape=_paged_attention_shape,
+    kernel=lazy("rooflight.ops.kernels.paged_attention", "paged_attention"),
+    kernel_takes=paged_cuda.takes_attention,
+)
 
 
 def _gather_kv(

@@ -1,0 +1,293 @@
+"""Attention over the paged cache on a GPU: bandwidth of decoding, TFLOP/s of prefill beside torch's SDPA, mixed steps.
+
+    python benchmarks/ops_paged.py [--tune]        (about a minute on an H200; with --tune five)
+
+Calls run in a CUDA graph; inputs take turns through more blocks than the L2 cache holds. Bytes are those of the keys,
+values, queries and outputs; shares are of the bandwidth in the same run and of 989 TFLOP/s. Block tables are as wide as
+40,960 tokens want, as an engine's are. `--tune` tries other launch constants and prints the best of each shape.
+Shapes are those of "paged decode attention" in ANCHORS and of Qwen3-0.6B: 16 query heads on 8 key heads of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
+
+from rooflight.hardware.timing import time_call
+from rooflight.ops.attention import paged_attention, write_kv
+from rooflight.ops.kernels import paged_decode, paged_prefill
+from rooflight.ops.kernels.paged_tile import Tiles
+
+COLD_BYTES = 256 * 2**20
+MOST_SETS = 64
+PAGE, HEAD_DIM, MODEL_LENGTH = 16, 128, 40960
+PEAK_FLOPS = 989e12
+SAMPLED_ROWS = 48
+
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """New tokens and contexts of a step's sequences."""
+
+    label: str
+    heads: int
+    key_heads: int
+    queries: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        cached = 2 * sum(self.contexts) * self.key_heads * HEAD_DIM
+        return 2 * (cached + 2 * sum(self.queries) * self.heads * HEAD_DIM)
+
+    @property
+    def flops(self) -> int:
+        pairs = sum(q * (c - q) + q * (q + 1) // 2 for q, c in zip(self.queries, self.contexts))
+        return 4 * pairs * self.heads * HEAD_DIM
+
+
+def decode(batch: int, context: int, heads: int, key_heads: int) -> Shape:
+    label = f"decode {batch}×{context} {heads}:{key_heads}"
+    return Shape(label, heads, key_heads, (1,) * batch, (context,) * batch)
+
+
+def prefill(batch: int, tokens: int, heads: int, key_heads: int) -> Shape:
+    return Shape(
+        f"prefill {batch}×{tokens} {heads}:{key_heads}", heads, key_heads, (tokens,) * batch, (tokens,) * batch
+    )
+
+
+DECODES = [
+    *(
+        decode(b, c, 32, 8)
+        for b, c in ((1, 8192), (1, 65536), (8, 8192), (32, 4096), (128, 2048), (128, 512), (128, 300))
+    ),
+    *(decode(b, c, 16, 8) for b, c in ((256, 600), (128, 256), (1, 256), (32, 256), (1, 1024))),
+    Shape("decode 64×U(1,2048) 32:8", 32, 8, (1,) * 64, tuple(1 + 2047 * i * 37 % 64 * 32 for i in range(64))),
+]
+PREFILLS = [prefill(b, t, h, 8) for h in (16, 32) for b, t in ((1, 1024), (1, 8192), (16, 1024))]
+MIXED = [
+    Shape("mixed 64×1024, chunk 1×1984 of 4096, 16:8", 16, 8, (1,) * 64 + (1984,), (1024,) * 64 + (4096,)),
+    Shape("mixed 64×1024, chunk 1×1984 of 4096, 32:8", 32, 8, (1,) * 64 + (1984,), (1024,) * 64 + (4096,)),
+    Shape("chunk 1×2048 of 16384, 32:8", 32, 8, (2048,), (16384,)),
+    Shape("chunk 1×64 of 16384, 32:8", 32, 8, (64,), (16384,)),
+]
+
+
+def sets_of(shape: Shape) -> list[Args]:
+    """Arguments that take turns: blocks of one cache in a random order, none of them twice before it has gone cold."""
+    needed = [-(-c // PAGE) for c in shape.contexts]
+    count = min(MOST_SETS, max(2, -(-COLD_BYTES // shape.bytes)))
+    blocks = count * sum(needed)
+    k, v = (torch.randn(blocks, PAGE, shape.key_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    order = torch.randperm(blocks, dtype=torch.int32, device="cuda").split(needed * count)
+    starts = torch.tensor([0, *itertools.accumulate(shape.queries)], dtype=torch.int32, device="cuda")
+    contexts = torch.tensor(shape.contexts, dtype=torch.int32, device="cuda")
+    width = max(MODEL_LENGTH // PAGE, *needed)
+    sets = []
+    for first in range(0, len(order), len(needed)):
+        table = torch.zeros(len(needed), width, dtype=torch.int32, device="cuda")
+        for row, chosen in zip(table, order[first:]):
+            row[: len(chosen)] = chosen
+        q = torch.randn(sum(shape.queries), shape.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        sets.append((q, k, v, table, contexts, starts, max(shape.queries), HEAD_DIM, HEAD_DIM**-0.5, 0, 0.0, None))
+    return sets
+
+
+def error_of(args: Args, shape: Shape) -> float:
+    """Largest error of some rows against fp64, relative to their largest value."""
+    q, k, v, table = args[:4]
+    out = paged_attention(*args)
+    starts = [0, *itertools.accumulate(shape.queries)]
+    worst = 0.0
+    for row in torch.linspace(0, q.shape[0] - 1, SAMPLED_ROWS).long().unique().tolist():
+        b = next(b for b in range(len(shape.queries)) if row < starts[b + 1])
+        at = torch.arange(shape.contexts[b] - starts[b + 1] + row + 1, device="cuda")
+        group = shape.heads // shape.key_heads
+        keys, values = (x[table[b].long()[at // PAGE], at % PAGE].double().repeat_interleave(group, 1) for x in (k, v))
+        probs = (torch.einsum("he,she->hs", q[row].double(), keys) * HEAD_DIM**-0.5).softmax(1)
+        want = torch.einsum("hs,she->he", probs, values)
+        worst = max(worst, float((out[row].double() - want).abs().max() / want.abs().max()))
+    return worst
+
+
+def seconds(fn: Callable[..., Any], sets: Sequence[Args], budget: float = 0.1) -> float:
+    return time_call([lambda args=args: fn(*args) for args in sets], device="cuda", budget_seconds=budget).seconds
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of summing 4 GiB."""
+    x = torch.ones(2**31, dtype=torch.bfloat16, device="cuda").view(torch.int32)
+    # An idle card's memory clock is low: the first figure is for waking it up.
+    time_call(lambda: x.amax(), device="cuda", budget_seconds=0.5)
+    return x.numel() * 4 / time_call(lambda: x.amax(), device="cuda", budget_seconds=0.3).seconds
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy of 4 GiB, read and written."""
+    source = torch.ones(2**31, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.5)
+    return 4 * source.numel() / time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.3).seconds
+
+
+def sdpa(shape: Shape, backend: SDPBackend) -> float:
+    """Seconds of torch's causal attention on contiguous sequences; NaN where the backend refuses."""
+
+    def draw(heads: int) -> Tensor:
+        size = (len(shape.queries), shape.queries[0], heads, HEAD_DIM)
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    sets = [(draw(shape.heads), draw(shape.key_heads), draw(shape.key_heads)) for _ in range(2)]
+    try:
+        run(*sets[0])
+    except RuntimeError:
+        return float("nan")
+    return seconds(run, sets)
+
+
+def table() -> None:
+    roof = max(copy_bandwidth(), read_bandwidth())
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, best of copy and read {roof / 1e12:.2f} TB/s")
+    print(f"{'shape':44} {'µs':>9} {'MiB':>8} {'rate':>12} {'of roof':>8} {'cuDNN':>8} {'flash':>8}  error")
+    for shape in (*DECODES, *PREFILLS, *MIXED):
+        sets = sets_of(shape)
+        error, took = error_of(sets[0], shape), seconds(paged_attention, sets)
+        peers = ""
+        if shape in DECODES:
+            rate, share = f"{shape.bytes / took / 1e12:.2f} TB/s", shape.bytes / took / roof
+        else:
+            rate, share = f"{shape.flops / took / 1e12:.0f} TFLOP/s", shape.flops / took / PEAK_FLOPS
+        if shape in PREFILLS:
+            for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                peers += f" {sdpa(shape, backend) * 1e6:8.1f}"
+        size = shape.bytes / 2**20
+        print(
+            f"{shape.label:44} {took * 1e6:9.1f} {size:8.1f} {rate:>12} {share:8.1%}{peers:18}  {error:.1e}", flush=True
+        )
+        del sets
+        torch.cuda.empty_cache()
+    for tokens in (1, 256, 8192):
+        _scatter(tokens, roof)
+
+
+def _scatter(tokens: int, roof: float) -> None:
+    """New keys and values, slices of fused QKV, to random slots."""
+    row = 2 * 8 * HEAD_DIM * 2
+    count = min(MOST_SETS, max(2, -(-COLD_BYTES // (2 * row * tokens))))
+    cache = [
+        torch.zeros(count * tokens // PAGE + 1, PAGE, 8, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in "kv"
+    ]
+    slots = torch.randperm(count * tokens, device="cuda").split(tokens)
+    sets = []
+    for chosen in slots:
+        qkv = torch.randn(tokens, 32, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        sets.append((qkv[:, 16:24], qkv[:, 24:], *cache, chosen))
+    took = seconds(write_kv, sets)
+    rate = 2 * row * tokens / took
+    label = f"write_kv {tokens}×8×128"
+    print(f"{label:44} {took * 1e6:9.1f} {2 * row * tokens / 2**20:8.1f} {rate / 1e12:7.2f} TB/s {rate / roof:8.1%}")
+
+
+def _decode_choices() -> Iterator[tuple[Tiles, int]]:
+    constants = (
+        *((64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 2, 5), (32, 4, 5), (32, 4, 7), (32, 2, 5), (32, 2, 7)),
+        *((32, 1, 5), (16, 1, 7), (128, 4, 3), (128, 4, 5), (128, 8, 5)),
+    )
+    for keys, warps, stages in constants:
+        for programs in (2, 4, 8):
+            yield Tiles(16, keys, warps, stages), programs
+
+
+def _prefill_choices() -> Iterator[Tiles]:
+    for constants in (
+        *((128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 8, 7), (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 8, 5)),
+        *((128, 32, 8, 5), (128, 32, 8, 7), (64, 64, 4, 3), (64, 64, 4, 5), (64, 32, 4, 5), (64, 128, 8, 3)),
+    ):
+        yield Tiles(*constants)
+
+
+def _tried(run: Callable[..., None], sets: Sequence[Args]) -> float:
+    """Seconds; infinite where the tiles want more shared memory than there is."""
+    try:
+        run(*sets[0])
+    except OutOfResources:
+        return float("inf")
+    return seconds(run, sets, 0.03)
+
+
+def _report(shape: Shape, tried: list[tuple[float, str]]) -> None:
+    before = tried[0]
+    tried.sort()
+    best = "; ".join(f"{took * 1e6:.1f} µs {what}" for took, what in tried[:4])
+    print(f"{shape.label:44} default {before[0] * 1e6:.1f} µs ({before[1]}); best {best}", flush=True)
+
+
+def tune() -> None:
+    """Other launch constants: tiles and programs a multiprocessor for decoding, tiles for prefill."""
+    usual = paged_decode.PROGRAMS
+    for shape in DECODES:
+        sets = sets_of(shape)
+        out = torch.empty_like(sets[0][0])
+        default = paged_decode.tiles_of(
+            HEAD_DIM, shape.heads // shape.key_heads, torch.bfloat16, 2, len(shape.queries) * shape.key_heads
+        )
+        tried = []
+        for tiles, programs in ((default, usual), *_decode_choices()):
+            paged_decode.PROGRAMS = programs
+
+            def run(*args: Any, tiles: Tiles = tiles, out: Tensor = out) -> None:
+                options: Args = (*args[:6], *args[8:])
+                paged_decode.decode(out, *options, alone=True, tiles=tiles)
+
+            tried.append((_tried(run, sets), f"{tiles.keys}/{tiles.warps}/{tiles.stages} ×{programs}"))
+        _report(shape, tried)
+        del sets, run
+        torch.cuda.empty_cache()
+    paged_decode.PROGRAMS = usual
+    for shape in PREFILLS:
+        sets = sets_of(shape)
+        out = torch.empty_like(sets[0][0])
+        default = paged_prefill.tiles_of(HEAD_DIM, shape.heads // shape.key_heads, torch.bfloat16)
+        tried = []
+        for tiles in (default, *_prefill_choices()):
+
+            def run(*args: Any, tiles: Tiles = tiles, out: Tensor = out) -> None:
+                options: Args = (*args[:6], *args[8:])
+                paged_prefill.prefill(out, *options, least=1, tiles=tiles)
+
+            tried.append((_tried(run, sets), f"{tiles.rows}/{tiles.keys}/{tiles.warps}/{tiles.stages}"))
+        _report(shape, tried)
+        del sets, run
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="then try other launch constants")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU; none is visible")
+    with torch.no_grad():
+        table()
+        if options.tune:
+            tune()
+
+
+if __name__ == "__main__":
+    main()
