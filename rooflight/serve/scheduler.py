@@ -65,7 +65,8 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._requests: dict[str, Request] = {}
         self._slots = list(range(config.max_num_seqs))
-        self._arrivals = self._steps = 0
+        self._arrivals = self._steps = self._admissions = 0
+        self._untold: list[Request] = []
         self.admission = Admission()
 
     @property
@@ -111,11 +112,11 @@ class Scheduler:
                 "allow chunked prefill or raise --max-num-batched-tokens"
             )
 
-    def cancel(self, request_id: str) -> Request | None:
+    def cancel(self, request_id: str, reason: str = "abort") -> Request | None:
         """End a request wherever it stands; what a launched step still computes for it is dropped."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._finish(request, "abort")
+            self._finish(request, reason)
         return request
 
     def schedule(self, now: float) -> Step | None:
@@ -137,11 +138,13 @@ class Scheduler:
             index += 1
         if not preempted:
             self._admit(parts, budget, now)
+        self._untold += preempted
         if not parts:
             return None
         self._steps += 1
         parts.sort(key=lambda part: part.count > 1)
-        return Step(self._steps, tuple(parts), tuple(preempted))
+        told, self._untold = tuple(self._untold), []
+        return Step(self._steps, tuple(parts), told)
 
     def settle(self, step: Step, result: Result, now: float) -> list[Output]:
         """Take a step's tokens; the news of each request that is still wanted."""
@@ -192,7 +195,14 @@ class Scheduler:
         if request.in_flight and (request.params.needs_tokens or request.sampled >= request.max_tokens):
             # Its next token depends on one that is not known yet, or all that it may have are on their way.
             return 0
-        if behind > budget and not self.config.chunked_prefill:
+        return self._fitting(behind, budget)
+
+    def _fitting(self, behind: int, budget: int) -> int:
+        """Of the tokens that a request lacks, those that a step takes: without chunked prefill all or none.
+
+        What exceeds a whole step, as a preempted request's prompt and output may, is cut nevertheless.
+        """
+        if budget < behind <= self.config.max_num_batched_tokens and not self.config.chunked_prefill:
             return 0
         return min(behind, budget)
 
@@ -241,10 +251,9 @@ class Scheduler:
                 return
             found = self._find_cached(request)
             start = len(found) * self.config.block_size
-            behind = request.length - start
-            if behind > budget and not self.config.chunked_prefill:
+            count = self._fitting(request.length - start, budget)
+            if not count:
                 return
-            count = min(behind, budget)
             # Room for all that stands, not only for this step's part: half a prompt would soon have to give way.
             fresh = self._blocks_for(request.length) - len(found)
             if fresh + self.pool.unused_among(found) > self.pool.free:
@@ -252,13 +261,14 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self.pool.share(found)
             request.blocks = found + self.pool.take(self._blocks_for(start + count) - len(found))
-            request.computed = request.cached = start
+            request.computed = start
             request.kept = len(found)
             request.slot = heapq.heappop(self._slots)
             request.status = Status.RUNNING
-            request.admissions += 1
+            self._admissions += 1
+            request.admissions = self._admissions
             if request.times.scheduled is None:
-                request.times.scheduled = now
+                request.times.scheduled, request.cached = now, start
             self.admission.queried_tokens += request.length
             self.admission.cached_tokens += start
             insort(self.running, request, key=self._rank)
@@ -324,6 +334,10 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
         del self._requests[request.id]
+        if len(self._waiting) > 2 * self.waiting:
+            # Those that ended while they waited; behind a queue that never empties they would pile up.
+            self._waiting = [entry for entry in self._waiting if entry[1].status is Status.WAITING]
+            heapq.heapify(self._waiting)
 
     def _leave(self, request: Request) -> None:
         """Give back what a running request holds."""

@@ -110,7 +110,10 @@ def from_environment(settings: type, environment: Mapping[str, str] = os.environ
                 raise InvalidValue(f"{name} {text!r} is unknown; use 1 or 0")
             found[entry.name] = text.lower() in ("1", "true")
         elif isinstance(entry.default, tuple):
-            found[entry.name] = tuple(text.split(","))
+            found[entry.name] = tuple(part.strip() for part in text.split(",") if part.strip())
         else:
-            found[entry.name] = parse_value(entry.name, text, entry.default)
+            try:
+                found[entry.name] = parse_value(entry.name, text, entry.default)
+            except InvalidValue as error:
+                raise InvalidValue(f"{name}: {error}") from None
     return found

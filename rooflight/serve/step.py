@@ -35,7 +35,7 @@ class Part:
 class Step:
     """What one launch runs: parts of one token first, the longer ones after them; at least one part.
 
-    preempted: requests that lost their blocks in making this step.
+    preempted: requests that lost their blocks since the last step was made.
     """
 
     number: int

@@ -31,6 +31,17 @@ def _sample_args(r: Draw) -> tuple[Any, ...]:
     )
 
 
+def _few_args(r: Draw) -> tuple[Any, ...]:
+    """The same rows, every one that is not greedy with a top_k of up to 5."""
+    logits, temperature, _, *rest = _sample_args(r)
+    return logits, temperature, torch.tensor([2, 0, 3, 4, 5, 1]), *rest, 5
+
+
+def _plain(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    upto = (logits / temperature.clamp(min=1e-9).unsqueeze(-1)).softmax(-1).cumsum(-1)
+    return torch.where(temperature == 0, logits.argmax(-1), (upto <= uniform.unsqueeze(-1)).sum(-1))
+
+
 def _scale(grads: list[Tensor], factor: Tensor) -> None:
     for grad in grads:
         grad.copy_(grad * factor)
@@ -61,6 +72,8 @@ def _step() -> list[Case]:
     return [
         Case("greedy", lambda r: (r.distinct(T, V),), lambda z: z.max(-1).indices, sr.greedy),
         Case("sample", _sample_args, f.sample, sr.sample),
+        Case("sample", _few_args, lambda *args: f.sample(*args[:-1]), sr.sample, label="few"),
+        Case("sample_plain", lambda r: tuple(_sample_args(r)[i] for i in (0, 1, 5)), _plain, sr.sample_plain),
         Case("adamw", _adamw_args, _adamw, sr.adamw, mutates=(0, 2, 3)),
         Case("adamw", lambda r: _adamw_args(r, True), _adamw, sr.adamw, mutates=(0, 2, 3, 4), label="masters"),
         Case("adamw", lambda r: _adamw_args(r, False, 0.3), _adamw, sr.adamw, mutates=(0, 2, 3), label="scale"),

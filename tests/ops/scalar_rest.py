@@ -80,41 +80,64 @@ def linear_cross_entropy_backward(grad: Counted, grad_x: Any, grad_weight: Any) 
         row[:] = [v * grad for v in row]
 
 
+def _greatest(row: Any) -> tuple[Any, int]:
+    best, token = Counted(-math.inf), 0
+    for i, value in enumerate(row):
+        if value > best:
+            best, token = value, i
+    return best, token
+
+
 def greedy(logits: Any) -> Any:
+    return [_greatest(row)[1] for row in logits]
+
+
+_WHOLE = 2.0**40  # weights are whole numbers of this part of the likeliest token's
+
+
+def _weight(value: Any, greatest: Any, divisor: Any) -> tuple[Counted, Counted]:
+    ratio = exp((value - greatest) / divisor)
+    return ratio, Counted(math.floor((ratio * _WHOLE).value))
+
+
+def _upto(weights: Any) -> list[Counted]:
+    cumulative, running = [], Counted(0)
+    for weight in weights:
+        running = running + weight
+        cumulative.append(running)
+    return cumulative
+
+
+def sample_plain(logits: Any, temperature: Any, uniform: Any) -> Any:
     tokens = []
-    for row in logits:
-        best, token = Counted(-math.inf), 0
-        for i, value in enumerate(row):
-            if value > best:
-                best, token = value, i
-        tokens.append(token)
+    for row, heat, u in zip(logits, temperature, uniform, strict=True):
+        greatest, likeliest = _greatest(row)
+        is_greedy = heat <= 0
+        divisor = Counted(1) if is_greedy else heat
+        cumulative = _upto(_weight(value, greatest, divisor)[1] for value in row)
+        draw = u * cumulative[-1]
+        token = sum(upto <= draw for upto in cumulative)
+        tokens.append(likeliest if is_greedy else token)
     return tokens
 
 
-def sample(logits: Any, temperature: Any, top_k: list[int], top_p: Any, min_p: Any, uniform: Any) -> Any:
+def sample(logits: Any, temperature: Any, top_k: list[int], top_p: Any, min_p: Any, uniform: Any, most: int = 0) -> Any:
     tokens = []
     for b, row in enumerate(logits):
-        order = sorted(range(len(row)), key=lambda i: -row[i].value)
+        order = sorted(range(len(row)), key=lambda i: -row[i].value)[: most or None]
         is_greedy = temperature[b] <= 0
         divisor = Counted(1) if is_greedy else temperature[b]
-        scaled = [row[i] / divisor for i in order]
         limit = top_k[b] if top_k[b] > 0 else len(row)
         weights = []
-        for rank, value in enumerate(scaled):
-            weight = exp(value - scaled[0])
-            keep = weight >= min_p[b]
+        for rank, i in enumerate(order):
+            ratio, weight = _weight(row[i], row[order[0]], divisor)
+            keep = ratio >= min_p[b]
             weights.append(weight if keep and rank < limit else Counted(0))
-        cumulative, running = [], Counted(0)
-        for weight in weights:
-            running = running + weight
-            cumulative.append(running)
-        enough = top_p[b] * running
-        mass = Counted(-math.inf)
-        for rank, (weight, upto) in enumerate(zip(weights, cumulative, strict=True)):
-            inside = upto - weight < enough
-            mass = larger(mass, upto if weight.value and (inside or rank == 0) else 0.0)
-        draw = uniform[b] * mass
-        rank = sum(upto < draw for upto in cumulative)
+        cumulative = _upto(weights)
+        enough = top_p[b] * cumulative[-1]
+        short = sum(upto < enough for upto in cumulative)
+        draw = uniform[b] * cumulative[short]
+        rank = sum(upto <= draw for upto in cumulative)
         tokens.append(order[0 if is_greedy else rank])
     return tokens
 
