@@ -23,5 +23,13 @@ class WeightsMismatch(RooflightError):
     """A checkpoint's names or shapes are not those of the model."""
 
 
+class QueueFull(RooflightError):
+    """More requests wait than the engine takes."""
+
+
+class EngineDead(RooflightError):
+    """The engine has stopped, or is about to; it takes no more requests."""
+
+
 class NonFiniteStep(RooflightError):
     """A training step whose loss or gradient norm is not finite; the weights were left as they were."""

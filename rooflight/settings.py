@@ -31,9 +31,9 @@ def check_values(settings: Any) -> None:
 def _check_value(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     flag = "--" + name.replace("_", "-")
     if "choices" in rule and value not in rule["choices"]:
-        near = difflib.get_close_matches(str(value), rule["choices"], 1)
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in rule["choices"]], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidValue(f"{flag} {value!r} is unknown; use one of {', '.join(rule['choices'])}{hint}")
+        raise InvalidValue(f"{flag} {value!r} is unknown; use one of {', '.join(map(str, rule['choices']))}{hint}")
     tests = {
         "least": (lambda a, b: a >= b, "at least"),
         "most": (lambda a, b: a <= b, "at most"),

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rooflight import __version__
-from rooflight.cli import explain, probe, train
+from rooflight.cli import bench, explain, probe, serve, train
 from rooflight.cli.parser import Parser
 from rooflight.errors import RooflightError
 
-COMMANDS = {"explain": explain, "train": train, "probe": probe}
+COMMANDS = {"explain": explain, "train": train, "serve": serve, "bench": bench, "probe": probe}
 
 
 def build_parser() -> Parser:

@@ -65,7 +65,7 @@ def settings_options(parser: argparse.ArgumentParser, settings: type) -> None:
         else:
             shown = f"{text} (default {entry.default})" if entry.default else text
             choices = entry.metadata.get("choices")
-            named = "{" + ",".join(choices) + "}" if choices else entry.name.upper()
+            named = "{" + ",".join(map(str, choices)) + "}" if choices else entry.name.upper()
             metavar = entry.metadata.get("metavar", named)
             kind = _value_of(entry.name, entry.default)
             groups[group].add_argument(flag, type=kind, metavar=metavar, help=shown, **common)

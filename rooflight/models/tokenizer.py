@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -121,6 +122,16 @@ class Tokenizer:
         return Tokenizer(text, _end_of_text(file, inner), carried)
 
     @property
+    def inner(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, for what must look into its pieces; not to be changed."""
+        return self._inner
+
+    @property
+    def carried(self) -> Mapping[str, str]:
+        """The text of the files that came with a given tokenizer, by name: its config, its chat template."""
+        return MappingProxyType(self._carried)
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """What a token store keeps of this tokenizer."""
         return Vocabulary(self.vocab_size, self.eos_id, self.fingerprint())
@@ -142,7 +153,9 @@ class Tokenizer:
         """
         if self._bytes and not special:
             return [list(text.encode("utf-8", "replace")) for text in texts]
-        self._inner.encode_special_tokens = not special
+        if self._inner.encode_special_tokens == special:
+            # Set only when it changes: the library refuses to be changed while another thread encodes.
+            self._inner.encode_special_tokens = not special
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
