@@ -68,7 +68,8 @@ class Bench:
         began = time.perf_counter()
         self.llm = LLM(
             model, load_format="dummy", dtype="bf16", enable_prefix_caching=False, max_model_len=16384,
-            max_num_seqs=max_num_seqs, on_step=self.records.append, say=lambda text: print(text, flush=True), **settings,
+            max_num_seqs=max_num_seqs, on_step=self.records.append, say=lambda text: print(text, flush=True),
+            **settings,
         )  # fmt: skip
         self.start_seconds = time.perf_counter() - began
         self.draw = random.Random(0)
@@ -102,8 +103,8 @@ class Bench:
         rate, peer = sum(outs) / seconds, PEER[self.model].get(name)
         self.tell_steps(name)
         return Line(
-            self.model, name, "output tok/s", rate, peer, rate / peer if peer else None, sum(outs) / roof if roof else None,
-            sum(outs) / predicted if predicted else None,
+            self.model, name, "output tok/s", rate, peer, rate / peer if peer else None,
+            sum(outs) / roof if roof else None, sum(outs) / predicted if predicted else None,
         )  # fmt: skip
 
     def tpot(self, batch: int) -> Line:
@@ -113,7 +114,9 @@ class Bench:
         roof, predicted = self.forecast(decodes_only=True)
         peer = PEER[self.model].get(f"tpot {batch}")
         device = statistics.median(r.seconds for r in steps)
-        print(f"    batch {batch}: {wall * 1e3:.3f} ms a step by the wall, {device * 1e3:.3f} on the device", flush=True)
+        print(
+            f"    batch {batch}: {wall * 1e3:.3f} ms a step by the wall, {device * 1e3:.3f} on the device", flush=True
+        )
         return Line(
             self.model, f"tpot {batch}", "ms", wall * 1e3, peer, peer / (wall * 1e3) if peer else None,
             roof / len(steps) * 1e3, predicted / len(steps) * 1e3,

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rooflight.errors import InvalidValue, RooflightError
+from rooflight.errors import EngineDead, InvalidValue, QueueFull
 from rooflight.models.config import ModelConfig
 from rooflight.models.tokenizer import Tokenizer
 from rooflight.serve.build import Built, build, check_structured
@@ -26,27 +26,23 @@ RECENT_STEPS = 512
 _log = logging.getLogger(__name__)
 
 
-class QueueFull(RooflightError):
-    """More requests wait than the engine takes."""
-
-
-class EngineDead(RooflightError):
-    """The engine has stopped, or is about to; it takes no more requests."""
-
-
 class _Stream:
     """News of one prompt's completions, kept until they are fetched: a slow reader holds nobody up, itself apart."""
 
     def __init__(self) -> None:
         self._news: deque[Delta | Exception] = deque()
+        # Of each completion the last news that nobody has fetched.
+        self._unread: dict[int, Delta] = {}
         self._there = asyncio.Event()
 
     def put(self, news: Delta | Exception) -> None:
-        last = self._news[-1] if self._news else None
-        if isinstance(news, Delta) and isinstance(last, Delta) and _joins(last, news):
+        last = self._unread.get(news.index) if isinstance(news, Delta) else None
+        if last is not None and isinstance(news, Delta) and _joins(last, news):
             _join(last, news)
         else:
             self._news.append(news)
+            if isinstance(news, Delta):
+                self._unread[news.index] = news
         self._there.set()
 
     async def get(self) -> Delta:
@@ -56,6 +52,8 @@ class _Stream:
         news = self._news.popleft()
         if isinstance(news, Exception):
             raise news
+        if self._unread.get(news.index) is news:
+            del self._unread[news.index]
         return news
 
 
@@ -156,12 +154,12 @@ class AsyncEngine:
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, priority: int = 0
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """News of a prompt's completions as they come; leaving the iteration early cancels them.
 
         Raises InvalidValue on what cannot be run, QueueFull and EngineDead.
         """
-        requests = self._requests(prompt_ids, params, request_id, priority)
+        requests = await self._requests(prompt_ids, params, request_id, priority)
         stream = _Stream()
         open_ = {request.id for request in requests}
         for request in requests:
@@ -204,14 +202,17 @@ class AsyncEngine:
             if not future.done() or future.cancelled():
                 self._send("cancel", request_id)
 
-    def _requests(
+    async def _requests(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, priority: int
     ) -> list[Request]:
         self._admit(params.n)
         params.check(self.config.vocab_size)
         self._check_prompt(prompt_ids)
-        # Here, so that a bad grammar is the caller's error and not the engine's.
-        check_structured(self._grammars, params)
+        if params.structured is not None:
+            # Here, so that a bad grammar is the caller's error and not the engine's; a large one takes a while.
+            await asyncio.to_thread(check_structured, self._grammars, params)
+        if any(name in self._completions for name in (request_id, f"{request_id}-0")):
+            raise InvalidValue(f"request id {request_id!r} is in use; give each request an id of its own")
         found = requests_for(request_id, list(prompt_ids), params, self.max_model_len, self.eos_ids, priority)
         self.engine.scheduler.check(found[0])
         return found
@@ -265,8 +266,8 @@ class AsyncEngine:
             sent = list(self._inbox)
             self._inbox.clear()
         for what, item in sent:
-            if what == "cancel":
-                self.engine.cancel(item)
+            if what != "add":
+                self.engine.cancel(item, "stop" if what == "stop" else "abort")
                 continue
             try:
                 self.engine.add(item)
@@ -299,7 +300,7 @@ class AsyncEngine:
                 del self._completions[name]
                 if output.finish_reason is None:
                     # A stop text ended it, of which the engine knows nothing.
-                    self._send("cancel", name)
+                    self._send("stop", name)
 
     def _refuse(self, name: str, error: Exception) -> None:
         found = self._completions.pop(name, None)

@@ -14,7 +14,7 @@ from rooflight.hardware.machine import Machine
 from rooflight.models.layout import KVCache
 from rooflight.serve.clock import RealClock
 from rooflight.serve.engine import Engine
-from rooflight.serve.graphs import sizes_up_to
+from rooflight.serve.graphs import batch_sizes, token_sizes
 from rooflight.serve.load import Source, find, weights, with_length
 from rooflight.serve.memory_plan import SPARE_BLOCKS, Demand, MemoryPlan, check, plan
 from rooflight.serve.params import SamplingParams
@@ -69,7 +69,8 @@ def demand_of(settings: EngineSettings, source: Source, memory: float, cuda: boo
         utilization=settings.gpu_memory_utilization,
         cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
         num_blocks=settings.num_blocks,
-        graph_sizes=tuple(sizes_up_to(min(settings.max_num_seqs, LARGEST_GRAPH))) if graphs else (),
+        graph_sizes=batch_sizes(min(settings.max_num_seqs, LARGEST_GRAPH)) if graphs else (),
+        graph_tokens=token_sizes(source.config, settings.max_num_batched_tokens) if graphs else (),
     )
 
 
@@ -87,6 +88,19 @@ def plan_for(
         planned = plan(demand_of(settings, source, memory, cuda))
     check(planned)
     return replace(settings, max_model_len=source.max_model_len), source, planned
+
+
+def predictor_for(demand: Demand, machine: Machine) -> StepPredictor:
+    """What a step of this engine should take on a machine, captured steps as captured ones."""
+    return StepPredictor(
+        demand.config,
+        machine,
+        demand.dtype,
+        demand.kv_dtype,
+        demand.block_size,
+        graph_up_to=max(demand.graph_sizes, default=0),
+        graph_tokens_up_to=max(demand.graph_tokens, default=0),
+    )
 
 
 def scheduler_config(settings: EngineSettings, blocks: int) -> SchedulerConfig:
@@ -150,7 +164,8 @@ def build(settings: EngineSettings, say: Say) -> Built:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             seed=settings.seed,
-            graph_sizes=demand.graph_sizes,
+            graph_batches=demand.graph_sizes,
+            graph_tokens=demand.graph_tokens,
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InvalidValue(
@@ -158,12 +173,7 @@ def build(settings: EngineSettings, say: Say) -> Built:
             "--gpu-memory-utilization or --cpu-kv-cache-gib"
         ) from error
     machine = find_machine(settings.on, source.device)
-    predictor = None
-    if machine is not None:
-        largest = max(demand.graph_sizes, default=0)
-        predictor = StepPredictor(
-            source.config, machine, source.dtype, demand.kv_dtype, settings.block_size, graph_up_to=largest
-        )
+    predictor = predictor_for(demand, machine) if machine is not None else None
     ahead = settings.async_scheduling == "on" or (settings.async_scheduling == "auto" and cuda)
     # The model is here to stay: a collector that looks through it in the middle of a step only costs time.
     gc.collect()

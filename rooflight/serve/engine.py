@@ -18,7 +18,7 @@ class StepRecord:
 
     began, ended: seconds of the engine's clock. seconds: of the step itself, as the runner measured or predicted it, or
     else from its begin or the last step's end to its end. queried_tokens, cached_tokens: of the requests that it
-    admitted, how many tokens stood and how many the prefix cache gave. first: requests that got their first token in it.
+    admitted, how many tokens stood and how many the prefix cache gave. first: those that got their first token in it.
     """
 
     number: int
@@ -83,9 +83,9 @@ class Engine:
         """Queue a request; raises InvalidValue on one that could never run."""
         self.scheduler.add(request, self.clock.now())
 
-    def cancel(self, request_id: str) -> bool:
-        """End a request at once; False when it has ended already."""
-        request = self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, reason: str = "abort") -> bool:
+        """End a request at once, with `stop` as the reason for one that has all it should; False when it has ended."""
+        request = self.scheduler.cancel(request_id, reason)
         if request is not None:
             request.times.finished = self.clock.now()
             self._ended.append(request)
@@ -95,10 +95,12 @@ class Engine:
         """Launch the next step if there is one, and settle what is due; the news of the requests in it."""
         step = self.scheduler.schedule(self.clock.now())
         if step is not None:
-            forecast = self.predictor.forecast(step) if self.predictor is not None else None
             admission, self.scheduler.admission = self.scheduler.admission, Admission()
             began = self.clock.now()
-            self._launched.append(_Launched(step, self.runner.launch(step), began, forecast, admission))
+            pending = self.runner.launch(step)
+            # After the launch, so that a GPU is at work by now.
+            forecast = self.predictor.forecast(step) if self.predictor is not None else None
+            self._launched.append(_Launched(step, pending, began, forecast, admission))
         outputs: list[Output] = []
         while len(self._launched) > (self.ahead if step is not None else 0):
             outputs += self._settle(self._launched.popleft())

@@ -1,83 +1,124 @@
-"""CUDA graphs of decode steps: one a batch size, captured at start, replayed with other tokens and contexts.
+"""CUDA graphs of a model's runs: decode steps one a batch size, other steps one a number of tokens, all made at start.
 
-Legend: B rows of a captured size  V vocabulary
+A captured run reads its inputs where `Inputs.send` always puts them, and is padded to the size that was captured.
+Legend: B rows of a captured size  T tokens of a captured size  D width  V vocabulary
 """
 
 from __future__ import annotations
 
 import bisect
-import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rooflight.models.config import ModelConfig
+from rooflight.models.count import parameter_counts
 from rooflight.models.layout import Layout, Paged
 from rooflight.models.transformer import Transformer
+from rooflight.ops.sampling import sample_plain
 from rooflight.serve.inputs import Inputs
-from rooflight.serve.step import Part
+from rooflight.serve.step import Part, Step
+
+# A layer's launches one by one take the host about this long, and GPUs of the day multiply at about this rate: a step
+# of more tokens than this allows runs longer on the device than its launches take, and gains nothing as a graph.
+_LAYER_LAUNCH_SECONDS, _FLOPS_PER_SECOND = 1e-3, 6e14
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """Batch sizes worth a graph: 1, 2, 4, then every eighth to 256 and every sixteenth beyond, up to `most` itself."""
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Batch sizes of decode steps worth a graph: 1, 2, 4, every eighth to 256, every sixteenth beyond, and `most`."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(272, most + 1, 16)]
-    return sorted({size for size in sizes if size < most} | {most})
+    return tuple(sorted({size for size in sizes if size < most} | {most}))
 
 
-class DecodeGraphs:
-    """The model's run over steps of one token a part, for batches of up to the largest captured size."""
+def token_sizes(config: ModelConfig, most: int) -> tuple[int, ...]:
+    """Numbers of tokens of other steps worth a graph: those whose launches would take longer than their products."""
+    flops = 2 * parameter_counts(config)["active"]
+    limit = int(len(config.layers) * _LAYER_LAUNCH_SECONDS * _FLOPS_PER_SECOND / flops)
+    sizes = [*range(32, 257, 32), *range(384, 1025, 128), *range(1536, limit + 1, 512)]
+    return tuple(sorted({size for size in sizes if size <= min(limit, most)} | ({most} if most <= limit else set())))
 
-    def __init__(self, model: Transformer, inputs: Inputs, sizes: list[int]):
-        self._model, self._inputs, self._sizes = model, inputs, sorted(sizes)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._capture()
 
-    @property
-    def largest(self) -> int:
-        """Parts of the largest step that has a graph."""
-        return self._sizes[-1]
+@dataclass(slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: tuple[Tensor, ...]
 
-    def run(self, parts: tuple[Part, ...]) -> Tensor:
-        """Logits of each part, valid until the next run."""
-        rows = self._sizes[bisect.bisect_left(self._sizes, len(parts))]
-        self._send(parts, rows)
-        graph, logits_BV = self._graphs[rows]
-        graph.replay()
-        return logits_BV[: len(parts)]
 
-    def _send(self, parts: tuple[Part, ...], rows: int) -> None:
-        changes = [np.array(values, dtype=np.int32) for values in self._inputs.table_changes(parts)]
-        # The graph reads the first four arrays where they always lie; table changes follow them.
-        sent = self._inputs.send([*self._inputs.decode_arrays(parts, rows), *changes])
-        self._inputs.apply(*sent[4:])
+class Graphs:
+    """Captured runs of a model: `decode` for steps of one token a part, `mixed` for any others."""
 
-    def _capture(self) -> None:
-        pool = None
+    def __init__(self, model: Transformer, inputs: Inputs, batches: tuple[int, ...], tokens: tuple[int, ...]):
+        self._model, self._inputs = model, inputs
+        self._batches, self._tokens = sorted(batches), sorted(tokens)
+        self._rows = inputs.spare_slot
+        self._pool: Any = None
         # The largest first: the smaller ones then fit into its memory.
-        for rows in reversed(self._sizes):
-            self._send((), rows)
-            if pool is None:
-                # Kernels are compiled and libraries set up outside of a capture.
-                self._forward(rows)
-                torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits_BV = self._forward(rows)
-            pool = graph.pool()
-            self._graphs[rows] = (graph, logits_BV)
-        gc.collect()
+        self._mixed = {size: self._capture(self._run_tokens, size) for size in reversed(self._tokens)}
+        self._decode = {size: self._capture(self._run_batch, size) for size in reversed(self._batches)}
 
-    def _forward(self, rows: int) -> Tensor:
+    def takes_decode(self, step: Step) -> bool:
+        """Whether `decode` runs a step: a token a part, each of which samples."""
+        return step.sequences <= self._batches[-1] and all(part.count == 1 and part.samples for part in step.parts)
+
+    def takes_mixed(self, step: Step) -> bool:
+        """Whether there is a graph for as many tokens."""
+        return bool(self._tokens) and step.tokens <= self._tokens[-1]
+
+    def decode(self, parts: tuple[Part, ...], draws: NDArray[np.float64] | None) -> tuple[Tensor, Tensor]:
+        """Logits of each part, and tokens drawn from them; both stand until the next run.
+
+        draws [2, B]: temperatures and numbers in [0, 1) for `sample_plain`; without them the tokens mean nothing.
+        """
+        rows = self._batches[bisect.bisect_left(self._batches, len(parts))]
+        inputs, count = self._inputs, len(parts)
+        words = np.zeros((2, rows), np.float64)
+        if draws is not None:
+            words[:, :count] = draws
+        changes = [np.array(values, dtype=np.int32) for values in inputs.table_changes(parts)]
+        sent = inputs.send([*inputs.decode_arrays(parts, rows), words.view(np.int32).reshape(-1), *changes])
+        inputs.apply(*sent[-2:])
+        captured = self._decode[rows]
+        captured.graph.replay()
+        logits_BV, tokens_B = captured.outputs
+        return logits_BV[:count], tokens_B[:count]
+
+    def mixed(self, step: Step) -> Tensor:
+        """The hidden state of each part's last token: [parts, D], until the next run."""
+        size = self._tokens[bisect.bisect_left(self._tokens, step.tokens)]
+        self._inputs.send_step(step, size, self._rows)
+        captured = self._mixed[size]
+        captured.graph.replay()
+        return captured.outputs[0][: step.sequences]
+
+    def _capture(self, run: Callable[[int], tuple[Tensor, ...]], size: int) -> _Captured:
+        # Kernels are compiled and libraries set up outside of a capture.
+        run(size)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run(size)
+        self._pool = graph.pool()
+        return _Captured(graph, outputs)
+
+    def _run_batch(self, rows: int) -> tuple[Tensor, ...]:
         inputs = self._inputs
-        slots_B, positions_B, tokens_B, places_B = inputs.sent(4, rows)
+        slots_B, positions_B, tokens_B, places_B, words = inputs.sent([rows] * 4 + [4 * rows])
+        temperature_B, uniform_B = words.view(torch.float64).split(rows)
         slots_B = slots_B.long()
         tokens_B = torch.where(tokens_B < 0, inputs.last_S[slots_B], tokens_B.long())
-        paged = Paged(
-            inputs.cache,
-            inputs.table_SM[slots_B],
-            positions_B + 1,
-            torch.arange(rows + 1, dtype=torch.int32, device=inputs.device),
-            places_B.long(),
-            1,
-        )
-        return self._model(tokens_B, positions_B.clamp(min=0), Layout(None, paged))
+        starts_B1 = torch.arange(rows + 1, dtype=torch.int32, device=inputs.device)
+        paged = Paged(inputs.cache, inputs.table_SM[slots_B], positions_B + 1, starts_B1, places_B.long(), 1)
+        logits_BV = self._model(tokens_B, positions_B.clamp(min=0), Layout(None, paged))
+        drawn_B = sample_plain(logits_BV, temperature_B, uniform_B)
+        inputs.last_S.index_copy_(0, slots_B, drawn_B)
+        return logits_BV, drawn_B
+
+    def _run_tokens(self, size: int) -> tuple[Tensor, ...]:
+        fed = self._inputs.fed(size, self._rows, max_query=size, width=None)
+        hidden_TD = self._model.hidden(fed.tokens_T, fed.positions_T, fed.layout)
+        return (hidden_TD.index_select(0, fed.last_B),)

@@ -17,6 +17,8 @@ from rooflight.models.layout import KVCache, Layout, Paged
 from rooflight.serve.step import Part, Step
 
 UNKNOWN = -1  # in place of a token that only the device knows yet
+_COLUMNS = 16
+_ALIGNMENT = 4  # arrays begin at multiples of 16 bytes: kernels are compiled for one kind of address
 _RING = 3  # steps whose copies may be under way at once: one running, one waiting, one being written
 
 
@@ -28,7 +30,6 @@ class Fed:
     positions_T: Tensor
     layout: Layout
     last_B: Tensor
-    starts_B1: NDArray[np.int32]
 
 
 class Inputs:
@@ -42,14 +43,15 @@ class Inputs:
         self.cache, self.device, self.cuda = cache, device, device.type == "cuda"
         self.blocks, self.block_size = cache.keys[0].shape[0], cache.keys[0].shape[1]
         self.spare_block, self.spare_slot = self.blocks - 1, slots
-        width = -(-max_model_len // self.block_size)
+        # A multiple, so that kernels are compiled for one kind of row.
+        width = -(-max_model_len // self.block_size // _COLUMNS) * _COLUMNS
         # The host's copy answers where a token lies without asking the device.
         self._table_SM = np.full((slots + 1, width), self.spare_block, dtype=np.int32)
         self.table_SM = torch.from_numpy(self._table_SM.copy()).to(device)
         self.last_S = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._tenants: list[tuple[str, int, int]] = [("", 0, 0)] * (slots + 1)
         # A token: id, position, cache slot, owner. A part: slot, context, start, last. A table change: place, block.
-        size = 4 * max_tokens + 5 * (slots + 2) + 2 * (slots + 1) * width
+        size = 4 * max_tokens + 8 * (slots + 8) + 2 * (slots + 1) * width + _ALIGNMENT * 16
         self._sent = torch.zeros(size, dtype=torch.int32, device=device)
         self._ring = [torch.zeros(size, dtype=torch.int32, pin_memory=self.cuda) for _ in range(_RING)]
         self._written = [torch.cuda.Event() for _ in range(_RING)] if self.cuda else []
@@ -81,16 +83,23 @@ class Inputs:
         if self.cuda:
             # Its last copy must be through before the host writes there again.
             self._written[turn].synchronize()
-        staging, total = self._ring[turn], sum(sizes)
-        np.concatenate(arrays, out=staging.numpy()[:total])
-        self._sent[:total].copy_(staging[:total], non_blocking=True)
+        staging, total = self._ring[turn].numpy(), 0
+        for array in arrays:
+            staging[total : total + array.size] = array
+            total += _aligned(array.size)
+        self._sent[:total].copy_(self._ring[turn][:total], non_blocking=True)
         if self.cuda:
             self._written[turn].record()
-        return list(self._sent[:total].split(sizes))
+        return self.sent(sizes)
 
-    def sent(self, count: int, size: int) -> list[Tensor]:
-        """The first arrays, all of one size, where every `send` puts them."""
-        return list(self._sent[: count * size].split(size))
+    def sent(self, sizes: list[int]) -> list[Tensor]:
+        """The first arrays, of these sizes, where every `send` puts them."""
+        views: list[Tensor] = []
+        start = 0
+        for size in sizes:
+            views.append(self._sent[start : start + size])
+            start += _aligned(size)
+        return views
 
     def apply(self, places: Tensor, blocks: Tensor) -> None:
         """Write table changes that were sent."""
@@ -111,39 +120,59 @@ class Inputs:
         return list(out)
 
     def feed(self, step: Step) -> Fed:
-        """Inputs of a step of any parts."""
-        parts = step.parts
-        counts = np.array([part.count for part in parts], dtype=np.int32)
-        begins = np.array([part.start for part in parts], dtype=np.int32)
-        slots = np.array([part.request.slot for part in parts], dtype=np.int32)
-        starts_B1 = np.zeros(len(parts) + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts_B1[1:])
+        """Inputs of a step of any parts, no larger than it is."""
+        longest = max(part.context for part in step.parts)
+        self.send_step(step, step.tokens, step.sequences)
+        most = max(part.count for part in step.parts)
+        # A CPU reads whole rows of the table; a GPU's kernels read what they need, and like rows of one length.
+        width = None if self.cuda else -(-longest // self.block_size)
+        return self.fed(step.tokens, step.sequences, most, width)
+
+    def send_step(self, step: Step, tokens: int, rows: int) -> None:
+        """Send a step padded to so many tokens and parts: padding tokens belong to no part, padding parts are empty."""
+        parts, real, count = step.parts, step.tokens, step.sequences
+        counts_B = np.zeros(rows, dtype=np.int32)
+        counts_B[:count] = [part.count for part in parts]
+        begins_B = np.zeros(rows, dtype=np.int32)
+        begins_B[:count] = [part.start for part in parts]
+        slots_B = np.full(rows, self.spare_slot, dtype=np.int32)
+        slots_B[:count] = [part.request.slot for part in parts]
+        starts_B1 = np.zeros(rows + 1, dtype=np.int32)
+        np.cumsum(counts_B, out=starts_B1[1:])
         places, blocks = self.table_changes(parts)
-        tokens = np.fromiter(
+        new = np.zeros((4, tokens), dtype=np.int32)
+        tokens_T, positions_T, cache_slots_T, owners_T = new
+        tokens_T[:real] = np.fromiter(
             chain.from_iterable(
                 (UNKNOWN,) if part.placeholder else part.request.tokens[part.start : part.context] for part in parts
             ),
             dtype=np.int32,
-            count=int(starts_B1[-1]),
+            count=real,
         )
-        owners = np.repeat(slots, counts)
-        positions = np.arange(starts_B1[-1], dtype=np.int32) + np.repeat(begins - starts_B1[:-1], counts)
-        cache_slots = self._cache_slots(owners, positions)
-        arrays = [tokens, positions, cache_slots, owners, slots, begins + counts, starts_B1, starts_B1[1:] - 1]
-        arrays += [np.array(places, dtype=np.int32), np.array(blocks, dtype=np.int32)]
-        sent = self.send(arrays)
-        tokens_T, positions_T, slots_T, owners_T, slots_B, contexts_B, starts, last_B, places_U, blocks_U = sent
-        self.apply(places_U, blocks_U)
-        if any(part.placeholder for part in parts):
-            tokens_T = torch.where(tokens_T < 0, self.last_S[owners_T.long()].int(), tokens_T)
-        table_BM = self.table_SM[slots_B.long(), : self._columns(begins + counts)]
-        paged = Paged(self.cache, table_BM, contexts_B, starts, slots_T.long(), int(counts.max()))
-        return Fed(tokens_T, positions_T, Layout(None, paged), last_B.long(), starts_B1)
+        owners_T[:real] = np.repeat(slots_B, counts_B)
+        positions_T[:real] = np.arange(real, dtype=np.int32) + np.repeat(begins_B - starts_B1[:-1], counts_B)
+        cache_slots_T[real:] = self.spare_block * self.block_size
+        cache_slots_T[:real] = self._cache_slots(owners_T[:real], positions_T[:real])
+        last_B = np.maximum(starts_B1[1:] - 1, 0)
+        changes = [np.array(places, dtype=np.int32), np.array(blocks, dtype=np.int32)]
+        sent = self.send([*new, slots_B, begins_B + counts_B, last_B, starts_B1, *changes])
+        self.apply(*sent[-2:])
 
-    def _columns(self, contexts: NDArray[np.int32]) -> int:
-        """Columns of the block table that the longest context reaches."""
-        return -(-int(contexts.max()) // self.block_size)
+    def fed(self, tokens: int, rows: int, max_query: int, width: int | None) -> Fed:
+        """What `send_step` sent, as a model takes it. width: columns of the block table, all when None."""
+        sent = self.sent([tokens] * 4 + [rows] * 3 + [rows + 1])
+        tokens_T, positions_T, places_T, owners_T, slots_B, contexts_B, last_B, starts_B1 = sent
+        tokens_T = torch.where(tokens_T < 0, self.last_S[owners_T.long()], tokens_T.long())
+        table_BM = self.table_SM[slots_B.long()]
+        if width is not None:
+            table_BM = table_BM[:, :width]
+        paged = Paged(self.cache, table_BM, contexts_B, starts_B1, places_T.long(), max_query)
+        return Fed(tokens_T, positions_T, Layout(None, paged), last_B.long())
 
     def _cache_slots(self, owners: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
         size = self.block_size
         return self._table_SM[owners, positions // size] * size + positions % size
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -97,11 +97,6 @@ class BlockPool:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def forget_all(self) -> None:
-        """Forget what every block holds."""
-        for block in range(self.total):
-            self._forget(block)
-
     def _forget(self, block: int) -> None:
         key = self._hash_of[block]
         if key is not None:
@@ -110,8 +105,7 @@ class BlockPool:
 
     def check_idle(self) -> None:
         """Raise RooflightError unless every block is free: what an engine without requests must find."""
-        lost = [block for block in range(self.total) if self._users[block] or block not in self._free]
+        lost = self.total - len(self._free)
         if lost:
-            raise RooflightError(
-                f"{len(lost)} of {self.total} KV blocks are still in use without a request: {lost[:8]}"
-            )
+            blocks = [block for block in range(self.total) if block not in self._free]
+            raise RooflightError(f"{lost} of {self.total} KV blocks are still in use without a request: {blocks[:8]}")

@@ -100,7 +100,7 @@ class LLM:
                 del open_[output.request.id]
                 if output.finish_reason is None:
                     # A stop text ended it, of which the engine knows nothing.
-                    self.engine.cancel(output.request.id)
+                    self.engine.cancel(output.request.id, "stop")
 
     def _requests(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Request]]:
         ids, name = self._ids(prompt), self._name()

@@ -36,9 +36,11 @@ class Completion:
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None):
         params = request.params
         self.index, self.request, self.ended = index, request, False
-        self._wants_logprobs = params.logprobs is not None
+        self._wants_logprobs, self._min_tokens, self._tokens = params.logprobs is not None, params.min_tokens, 0
         self._ends = request.ends
-        self._text = Detokenizer(tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
+        self._text = Detokenizer(
+            tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens, request.prompt
+        )
 
     def news(self, output: Output) -> Delta:
         """What an engine's output means for a reader."""
@@ -47,13 +49,16 @@ class Completion:
         if reason == "stop" and shown and shown[-1] in self._ends:
             # The token that ends a text is not a part of it, but for whoever asks to see special tokens.
             shown = shown[:-1] if request.params.skip_special_tokens else shown
-        piece = self._text.add(shown, last=reason is not None)
+        # Counted here: by the time that this output is read, the request itself may be further.
+        self._tokens += len(output.tokens)
+        piece = self._text.add(shown, reason is not None, may_stop=self._tokens > self._min_tokens)
         delta = Delta(self.index, piece.text, output.tokens, cached_tokens=min(request.cached, len(request.prompt)))
         if self._wants_logprobs:
             delta.logprobs = [one for one in output.logprobs if one is not None]
         if output.prompt_logprobs is not None and self.index == 0:
             delta.prompt_logprobs = [None, *output.prompt_logprobs]
-        delta.finish_reason, delta.stop_reason = reason, request.stop_reason
+        if reason is not None:
+            delta.finish_reason, delta.stop_reason = reason, request.stop_reason
         if piece.stop is not None:
             delta.finish_reason, delta.stop_reason = "stop", piece.stop
         self.ended = delta.finish_reason is not None
@@ -117,9 +122,9 @@ def requests_for(
     limit = room if params.max_tokens is None else params.max_tokens
     requests = []
     for index in range(params.n):
-        own = replace(params, n=1)
+        own = params
         if params.seed is not None and index:
-            own = replace(own, seed=params.seed + index)
+            own = replace(params, seed=params.seed + index)
         name = request_id if params.n == 1 else f"{request_id}-{index}"
         requests.append(Request(name, prompt, own, max(limit, 1), priority, eos_ids))
     return requests

@@ -102,6 +102,8 @@ class SamplingParams:
                 raise InvalidValue(f"{name} {getattr(self, name)} is out of range; it must be {allowed}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidValue(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        if isinstance(self.stop, str):
+            raise InvalidValue(f"stop {self.stop!r} is one text, of which each character would be a stop; use (text,)")
         if any(not text for text in self.stop):
             raise InvalidValue("stop holds an empty text; each must have at least one character")
         if self.n > 1 and self.greedy:

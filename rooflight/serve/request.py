@@ -45,8 +45,9 @@ class Request:
     tokens: the prompt and every known output token. computed: how many tokens have their keys and values in the cache,
     or will have them once the launched steps are through. in_flight: sampled tokens that no result has told yet; they
     follow `tokens`, so `length` − `computed` is what the next step may take.
-    cached: tokens that the prefix cache gave at the last admission. kept: blocks that the prefix cache knows by now.
-    slot: the row that the runner keeps for it.
+    cached: tokens that the prefix cache gave at the first admission. kept: blocks that the prefix cache knows by now.
+    slot: the row that the runner keeps for it. admissions: the number of its last admission among all requests', by
+    which a new tenant of a slot is known even under an old id; 0: none yet.
     embed: wants the last hidden state of its prompt and no token.
     """
 

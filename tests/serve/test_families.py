@@ -18,7 +18,7 @@ from tests.models.families import CASES, VOCAB, checkpoint
 NEW = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, logprobs=3)
 FAMILIES = list(CASES)
-# A few stand for all where a mode takes long: plain, sliding windows with softcap, latent attention, experts with sinks.
+# A few stand for all where a mode takes long: plain, windows with softcap, latent attention, experts with sinks.
 SOME = ["llama3", "gemma2", "deepseek_v3", "gpt_oss"]
 
 
@@ -117,9 +117,7 @@ def test_cancelled_neighbours_change_nothing(folder: Path, ahead: str) -> None:
     model, path = made("llama3", folder)
     llm = engine(path, async_scheduling=ahead, num_blocks=60)
     asked = prompts(24, seed=9)
-    requests = [
-        requests_for(f"r{index}", prompt, GREEDY, 100, frozenset())[0] for index, prompt in enumerate(asked)
-    ]
+    requests = [requests_for(f"r{index}", prompt, GREEDY, 100, frozenset())[0] for index, prompt in enumerate(asked)]
     for request in requests:
         llm.engine.add(request)
     draw = random.Random(3)
