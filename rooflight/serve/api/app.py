@@ -24,6 +24,8 @@ from rooflight.serve.api.texts import detokenize, embeddings, health, models, to
 from rooflight.serve.settings import ServerSettings
 
 # nginx's number for a request whose client went before the answer; it shows in the log alone.
+# Of the page and the metrics: what they show is no request's content.
+OPEN_PATHS = frozenset({"/", "/live", "/live/events", "/metrics"})
 CLIENT_GONE = 499
 
 
@@ -90,7 +92,8 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         if scope["path"] == "/health":
             return None
-        if self._key:
+        # A browser and Prometheus carry no key; what they are shown is no request's content.
+        if self._key and scope["path"] not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             kind, _, key = given.partition(b" ")
             if not (hmac.compare_digest(key.strip(), self._key) and kind.lower() == b"bearer"):

@@ -84,13 +84,13 @@ class Server(uvicorn.Server):
         if self._loop is None or self.gate.context.draining:
             self.should_exit = self.force_exit = True
             return
-        name = signal.Signals(sig).name
+        self.gate.context.draining = True
+        # Not here: a handler may run in the middle of another print, and before the next signal it must be through.
+        self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+
+    def _begin_drain(self, name: str) -> None:
         seconds = self.gate.context.settings.drain_seconds
         print(f"{name}: no new requests; up to {seconds:g} s for those that run", file=sys.stderr, flush=True)
-        self.gate.context.draining = True
-        self._loop.call_soon_threadsafe(self._begin_drain)
-
-    def _begin_drain(self) -> None:
         self._drain = asyncio.ensure_future(self.end())
 
     async def end(self) -> None:
