@@ -10,7 +10,7 @@ WORKERS ?= auto
 
 help:
 	@echo "make setup      make $(VENV) with everything in it"
-	@echo "make demo       probe this machine, price an 8B model on an H200, train a small one here, compare"
+	@echo "make demo       probe this machine, price an 8B model on an H200, train a small one here, serve it, compare"
 	@echo "make test       the tests (CPU, a few minutes)"
 	@echo "make test-slow  the long tests too"
 	@echo "make lint       ruff and pyright"
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 
 demo: setup
-	@echo "demo: probe, explain, train for a minute, measure (about four minutes on 2 cores)"
+	@echo "demo: probe, explain, train for a minute, measure, serve (about five minutes on 2 cores)"
 	$(BIN)/python examples/demo.py
 
 test: setup

@@ -1,4 +1,4 @@
-"""`make demo`: probe this machine, price an 8B model on an H200, train a small decoder here, compare the two.
+"""`make demo`: probe this machine, price an 8B model on an H200, train a small decoder here, serve it, compare the two.
 
 Everything that it prints comes from the `rooflight` command; reports, machine file and run go to demo-report/.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 REPORT = Path("demo-report")
 TRAIN_SECONDS = 60
@@ -73,6 +76,52 @@ def compare(model: Path, here: Path) -> None:
         )
 
 
+def ask(url: str, path: str, **body: Any) -> Any:
+    """A request to the server: its JSON answer."""
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def serve(model: Path, here: Path) -> None:
+    """The model that was just trained, behind the OpenAI API: completions over HTTP, then a load, wet beside dry."""
+    arguments = ("serve", str(model), "--port", "0", "--on", str(here))
+    print(f"\n$ rooflight {' '.join(arguments)} &", flush=True)
+    command = [sys.executable, "-m", "rooflight", *arguments, "--disable-log-requests"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        url = ""
+        for line in server.stderr or ():
+            print(line, end="", flush=True)
+            if " at http" in line:
+                url = line.rsplit(" at ", 1)[1].strip().removesuffix("/v1")
+                break
+        if not url:
+            sys.exit(server.wait() or 1)
+        for prompt in ("def __init__(self", "import os\n", "class Error(Exception):"):
+            body = {"model": str(model), "prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1}
+            print(f"\n$ curl {url}/v1/completions -d '{json.dumps(body)}'")
+            answer = ask(url, "/v1/completions", **body)
+            print(prompt + answer["choices"][0]["text"])
+        load = (
+            "--num-prompts",
+            "48",
+            "--max-concurrency",
+            "16",
+            "--random-input-len",
+            "128",
+            "--random-output-len",
+            "64",
+        )
+        target = ("--base-url", url, "--model", str(model), "--on", str(here))
+        run("bench", "serve", *target, *load, "--ignore-eos", "--compare")
+        server.send_signal(signal.SIGTERM)
+        for line in server.stderr or ():
+            print(line, end="", flush=True)
+    traffic = ("--num-prompts", "1000", "--random-input-len", "100:1024", "--random-output-len", "100:1024")
+    dummy = ("--model", "llama-3.1-8b", "--load-format", "dummy", "--max-model-len", "4096")
+    run("bench", "throughput", *dummy, *traffic, "--dry", "--on", "h200")
+
+
 def main_demo() -> None:
     """The demo's commands in order."""
     # A demo starts anew each time; a run of one's own would be gone on with by --resume.
@@ -81,7 +130,9 @@ def main_demo() -> None:
     here = REPORT / "here.toml"
     run("probe", "--device", "cpu", "--budget", "90", "--out", str(here))
     price()
-    compare(train(here), here)
+    model = train(here)
+    compare(model, here)
+    serve(model, here)
     print(f"\nThe reports lie in {REPORT}/: open llama-3.1-8b-on-h200.html and train-here.html in a browser, and")
     print("run/profile/*.trace.json in ui.perfetto.dev. The model in model/ is a Hugging Face directory.")
 

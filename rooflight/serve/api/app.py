@@ -24,9 +24,9 @@ from rooflight.serve.api.texts import detokenize, embeddings, health, models, to
 from rooflight.serve.settings import ServerSettings
 
 # nginx's number for a request whose client went before the answer; it shows in the log alone.
+CLIENT_GONE = 499
 # Of the page and the metrics: what they show is no request's content.
 OPEN_PATHS = frozenset({"/", "/live", "/live/events", "/metrics"})
-CLIENT_GONE = 499
 
 
 def build_app(engine: ServingEngine, settings: ServerSettings, extra_routes: Sequence[BaseRoute] = ()) -> Gate:
