@@ -17,6 +17,8 @@ from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, rows_and_columns, same_ker
 
 _KERNELS = "rooflight.ops.kernels.norm"
 _WIDEST = 16384  # the longest row that a program's registers hold
+# Elements up to which torch's own form, the same bits in fewer calls, is the faster one on a CPU: 10 and 13 µs a row.
+_FEW = 2**16
 _MOVES = (Movement.REDUCTION, Movement.BROADCAST)
 
 
@@ -29,6 +31,8 @@ def norm_cost(
 
 
 def _rms(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor:
+    if not offset and x_TD.device.type == "cpu" and x_TD.dtype == weight_D.dtype and x_TD.numel() <= _FEW:
+        return torch.nn.functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     x = x_TD.float()
     scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     return scaled.mul_(weight_D.float() + offset if offset else weight_D.float()).to(x_TD.dtype)

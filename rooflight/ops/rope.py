@@ -14,6 +14,10 @@ from torch import Tensor
 from rooflight.ops.cost import Access, Cost, Movement, elementwise_cost
 from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, same_kernel_dtype
 
+# Up to here a call costs more than its numbers: queries and keys are turned together. One token of 12 + 4 heads takes
+# 23 µs on a Zen 5, and 37 apart; 512 tokens in fp32 are faster apart.
+_TOGETHER = 256
+
 
 def _rotary_table(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     angles_TC = positions_T.float().unsqueeze(-1) * frequencies_C.float()
@@ -35,6 +39,7 @@ rotary_table = Op("rotary_table", _rotary_table, cost=_rotary_table_cost)
 
 
 def _turn(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool) -> Tensor:
+    """x turned, in fp32."""
     channels = cos_TC.shape[-1]
     x, cos, sin = x_THE.float(), cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -46,15 +51,22 @@ def _turn(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool) -> T
     out_a, out_b = (out[..., half] for half in halves)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    out[..., 2 * channels :] = x[..., 2 * channels :]
-    return out.to(x_THE.dtype)
+    if 2 * channels < x.shape[-1]:
+        out[..., 2 * channels :] = x[..., 2 * channels :]
+    return out
 
 
 def _rotary(
     q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool = False, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     sin_TC = -sin_TC if inverse else sin_TC
-    return _turn(q_THE, cos_TC, sin_TC, interleaved), _turn(k_TKE, cos_TC, sin_TC, interleaved)
+    dtype, heads = q_THE.dtype, q_THE.shape[1]
+    if q_THE.shape[0] > _TOGETHER or dtype != k_TKE.dtype or q_THE.shape[2] != k_TKE.shape[2]:
+        q_THE, k_TKE = (_turn(x, cos_TC, sin_TC, interleaved).to(x.dtype) for x in (q_THE, k_TKE))
+        return q_THE, k_TKE
+    out = _turn(torch.cat((q_THE, k_TKE), dim=1), cos_TC, sin_TC, interleaved)
+    # Two results must not share memory, as parts of one fp32 tensor would.
+    return out[:, :heads].to(dtype, copy=True), out[:, heads:].to(dtype, copy=True)
 
 
 def _rotary_shape(

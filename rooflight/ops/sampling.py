@@ -40,7 +40,8 @@ _WEIGHT_BYTES_HELD, _SORT_BYTES_HELD = 4 + 8, 32
 
 
 def _greedy(logits_BV: Tensor) -> Tensor:
-    return logits_BV.argmax(dim=-1)
+    # A CPU finds the greatest of bf16 numbers five times slower than it widens them first.
+    return (logits_BV if logits_BV.is_cuda else logits_BV.float()).argmax(dim=-1)
 
 
 def _greedy_shape(logits_BV: Tensor) -> Tensor:

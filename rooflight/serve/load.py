@@ -13,10 +13,12 @@ import torch
 from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
 from rooflight.models.huggingface import load_config, read_json
+from rooflight.models.layers import Linear
 from rooflight.models.presets import resolve
 from rooflight.models.tokenizer import FILE, Tokenizer
-from rooflight.models.transformer import Transformer
+from rooflight.models.transformer import Head, Transformer
 from rooflight.models.weights import load_pretrained
+from rooflight.ops.cpu_matmul import pack
 from rooflight.serve.settings import EngineSettings
 from rooflight.workload.program import DTYPES, build_model
 
@@ -108,6 +110,10 @@ def weights(source: Source, settings: EngineSettings, say: Say) -> Transformer:
     else:
         say(f"loading weights from {source.directory}")
         model = load_pretrained(source.directory, source.device, DTYPES[source.dtype])
+    if source.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, Linear | Head):
+                pack(module.weight)
     return model.requires_grad_(False).eval()
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
 from rooflight.models.count import parameter_counts
+from rooflight.models.layers import Linear
+from rooflight.models.transformer import Transformer
 from rooflight.ops.batch import Batch
+from rooflight.ops.cpu_matmul import packs
 from rooflight.ops.sampling import sample, sample_plain
 from rooflight.serve.step_program import Choose, StepSizes, check_dtypes, step_program
 from rooflight.workload import memory, walk
@@ -68,14 +71,16 @@ class Demand:
 class MemoryPlan:
     """Bytes by what holds them.
 
-    weights: parameters · bytes each. activations: the most that a step holds beside weights and cache: its inputs,
-    hidden states, logits and the sampler's workspace. graphs: the pool of captured steps, the outputs that each keeps,
-    and GRAPH_BYTES each. context: CUDA_CONTEXT_BYTES on a GPU. budget: what all of it and the cache may take together.
-    blocks: KV blocks that the scheduler may deal out; the cache has SPARE_BLOCKS more.
+    weights: parameters · bytes each. packed: copies of the matrices in the order that a CPU's products want.
+    activations: the most that a step holds beside weights and cache: its inputs, hidden states, logits and the
+    sampler's workspace. graphs: the pool of captured steps, the outputs that each keeps, and GRAPH_BYTES each.
+    context: CUDA_CONTEXT_BYTES on a GPU. budget: what all of it and the cache may take together. blocks: KV blocks
+    that the scheduler may deal out; the cache has SPARE_BLOCKS more.
     """
 
     demand: Demand
     weights: int
+    packed: int
     activations: int
     graphs: int
     context: int
@@ -101,7 +106,7 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Bytes that stand whatever the cache's size."""
-        return self.weights + self.activations + self.graphs + self.context
+        return self.weights + self.packed + self.activations + self.graphs + self.context
 
     @property
     def total(self) -> int:
@@ -129,7 +134,10 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int]]:
         """What to show: labels and bytes, that sum to the memory that there is; what is assumed says so."""
-        rows = [("weights", self.weights), ("activations, at most", self.activations)]
+        rows = [("weights", self.weights)]
+        if self.packed:
+            rows.append(("weights packed for this CPU", self.packed))
+        rows.append(("activations, at most", self.activations))
         if self.graphs:
             number = len(self.demand.graph_sizes) + len(self.demand.graph_tokens)
             rows.append((f"{number} CUDA graphs (partly assumed)", self.graphs))
@@ -150,18 +158,31 @@ def plan(demand: Demand) -> MemoryPlan:
     activations = step_bytes(demand, demand.max_num_batched_tokens, rows, _draw)
     graphs = _graph_bytes(demand) if demand.cuda else 0
     context = CUDA_CONTEXT_BYTES if demand.cuda else 0
-    left = int(demand.memory_bytes) - weights - activations
+    packed = 0 if demand.cuda or not packs(DTYPES[demand.dtype]) else _matrix_bytes(demand)
+    left = int(demand.memory_bytes) - weights - packed - activations
     if demand.cuda:
         budget = int(demand.memory_bytes * demand.utilization)
     else:
         asked = demand.cpu_kv_cache_gib * GIB
-        budget = weights + activations + int(asked or min(CPU_CACHE_SHARE * max(left, 0), CPU_CACHE_MOST))
-    empty = MemoryPlan(demand, weights, activations, graphs, context, budget, 0)
+        budget = weights + packed + activations + int(asked or min(CPU_CACHE_SHARE * max(left, 0), CPU_CACHE_MOST))
+    empty = MemoryPlan(demand, weights, packed, activations, graphs, context, budget, 0)
     fitting = (budget - empty.fixed) // empty.kv_block_bytes - SPARE_BLOCKS
     if not demand.cpu_kv_cache_gib:
         longest = -(-demand.max_model_len // demand.block_size)
         fitting = min(fitting, USEFUL_LENGTHS * demand.max_num_seqs * longest)
     return replace(empty, blocks=demand.num_blocks or max(fitting, 0))
+
+
+def _matrix_bytes(demand: Demand) -> int:
+    """Bytes of the matrices that every token is multiplied with: all but the table of tokens, and experts."""
+    config = demand.config
+    folded, times = config.folded()
+    with torch.device("meta"):
+        model = Transformer(folded)
+    total = model.head.weight.numel()
+    for layer, count in zip(model.layers, times, strict=True):
+        total += count * sum(module.weight.numel() for module in layer.modules() if isinstance(module, Linear))
+    return total * DTYPES[demand.dtype].itemsize
 
 
 def step_bytes(demand: Demand, tokens: int, rows: int, choose: Choose) -> int:

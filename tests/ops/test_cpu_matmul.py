@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rooflight.ops import cpu_matmul
-from rooflight.ops.cpu_matmul import onednn_product, product
+from rooflight.ops.cpu_matmul import onednn_product, pack, product
 from rooflight.ops.linear import linear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -129,3 +129,93 @@ def test_the_processors_that_gain(name: str, capability: str, expected: bool, mo
     monkeypatch.setattr(cpu_matmul, "cpu_name", lambda: name)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpu_matmul._mkl_leaves_half.__wrapped__() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def packs(dtype: torch.dtype) -> bool:
+    return cpu_matmul.packs(dtype)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the products that took a packed copy."""
+    seen: list[torch.Size] = []
+    copy_of = cpu_matmul._copy_of
+
+    def spy(b_KN: Tensor) -> Tensor | None:
+        found = copy_of(b_KN)
+        if found is not None:
+            seen.append(b_KN.shape)
+        return found
+
+    monkeypatch.setattr(cpu_matmul, "_copy_of", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [(1,), (16,), (2, 3), (130,)])
+def test_a_packed_weight_gives_the_product(dtype: torch.dtype, rows: tuple[int, ...], taken: list[torch.Size]) -> None:
+    if not packs(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} here")
+    x, weight, bias = draw(*rows, 100).to(dtype), draw(67, 100, seed=1).to(dtype), draw(67, seed=2).to(dtype)
+    assert pack(weight) == weight.numel() * weight.element_size()
+    for given in (None, bias):
+        taken.clear()
+        found = linear(x, weight, given)
+        assert taken == [(100, 67)] and found.dtype == dtype
+        exact = x.double() @ weight.double().t() + (0 if given is None else given.double())
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+        assert error <= (3e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.skipif(not cpu_matmul.packs(torch.bfloat16), reason="oneDNN packs no bf16 here")
+def test_a_packed_copy_stands_only_for_the_weight_as_it_was_packed(taken: list[torch.Size]) -> None:
+    x, weight = draw(4, 64).bfloat16(), draw(96, 64, seed=1).bfloat16()
+
+    def agrees() -> bool:
+        exact = x.double() @ weight.double().t()
+        return bool((linear(x, weight).double() - exact).abs().max() <= 4e-3 * exact.abs().max())
+
+    pack(weight)
+    assert agrees() and len(taken) == 1
+    weight.mul_(3.0)
+    assert agrees() and len(taken) == 1
+    # Packed anew, it is taken again; other views of its memory are not the weight.
+    taken.clear()
+    pack(weight)
+    taken.clear()
+    assert agrees() and len(taken) == 1
+    product(x, weight[:32].t())
+    product(draw(4, 96).bfloat16(), weight)
+    product(x.float(), weight.float().t())
+    assert len(taken) == 1
+    # Moved to other memory, while a view keeps the old: neither may take the copy.
+    old = weight[:]
+    weight.data = draw(96, 64, seed=7).bfloat16()
+    product(x, old.t())
+    assert agrees() and len(taken) == 1
+
+
+@pytest.mark.skipif(not cpu_matmul.packs(torch.bfloat16), reason="oneDNN packs no bf16 here")
+def test_a_packed_copy_dies_with_its_weight_and_gives_no_derivative(taken: list[torch.Size]) -> None:
+    x, weight = draw(4, 64).bfloat16(), torch.nn.Parameter(draw(96, 64, seed=1).bfloat16())
+    before = len(cpu_matmul._packed)
+    pack(weight)
+    assert len(cpu_matmul._packed) == before + 1
+    product(x, weight.t()).sum().backward()
+    assert weight.grad is not None and not taken
+    with torch.no_grad():
+        linear(x, weight)
+    with torch.inference_mode():
+        linear(x, weight)
+    assert len(taken) == 2
+    del weight
+    assert len(cpu_matmul._packed) == before
+
+
+def test_what_cannot_be_packed_is_left_alone() -> None:
+    with torch.inference_mode():
+        unversioned = torch.ones(8, 8, dtype=torch.bfloat16)
+    for weight in (torch.ones(8), torch.ones(8, 8, dtype=torch.float64), torch.ones(4, 8).t(), unversioned):
+        assert pack(weight) == 0
+    assert pack(torch.empty(8, 8, device="meta", dtype=torch.bfloat16)) == 0
+    assert pack(torch.empty(0, 8, dtype=torch.bfloat16)) == 0

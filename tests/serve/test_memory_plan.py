@@ -151,12 +151,20 @@ def test_graphs_share_a_pool_and_keep_their_outputs() -> None:
     assert (cpu.graphs, cpu.context) == (0, 0)
 
 
+def test_a_cpu_keeps_its_matrices_twice_where_it_packs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "packs", lambda dtype: dtype == torch.bfloat16)
+    # A layer: q, k, v of 64 each way, the output projection, gate, up and down; then the head.
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 192
+    assert changed(SMALL, cuda=False).packed == 2 * (3 * layer + 1000 * 64)
+    assert changed(SMALL, cuda=False, dtype="fp32").packed == 0 == plan(SMALL).packed
+
+
 @pytest.mark.usefixtures("uncut")
 def test_a_cpus_cache_is_what_is_asked_for_or_a_quarter_of_what_is_free() -> None:
     asked = changed(SMALL, cuda=False, cpu_kv_cache_gib=0.25)
     assert asked.blocks == GIB // 4 // asked.kv_block_bytes - 1
     quarter = changed(SMALL, cuda=False)
-    free = GIB - quarter.weights - quarter.activations
+    free = GIB - quarter.weights - quarter.packed - quarter.activations
     assert quarter.blocks == free // 4 // quarter.kv_block_bytes - 1
     most = changed(SMALL, cuda=False, memory_bytes=100 * GIB)
     assert most.blocks == CPU_CACHE_MOST // most.kv_block_bytes - 1
