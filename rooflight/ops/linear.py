@@ -13,7 +13,7 @@ from torch import Tensor
 from rooflight.ops.cost import Access, Cost, Movement, elementwise_cost, matmul_cost, precision_of
 from rooflight.ops.cost import Primitive as P
 from rooflight.ops.cpu_matmul import product
-from rooflight.ops.op import Op, rows_and_columns
+from rooflight.ops.op import Op, lazy, rows_and_columns
 
 
 def _linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -112,7 +112,18 @@ def _backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, Tensor | None, 
     )
 
 
-linear = Op("linear", _linear, cost=_linear_cost, shape=_linear_shape, backward=_backward, setup=_setup)
+# The kernels are for few rows, as a decode step's. Whether a gradient is wanted cannot be seen from here and need not
+# be: the backward reads nothing of theirs.
+linear = Op(
+    "linear",
+    _linear,
+    cost=_linear_cost,
+    shape=_linear_shape,
+    kernel=lazy("rooflight.ops.kernels.skinny_linear", "linear"),
+    kernel_takes=lazy("rooflight.ops.kernels.skinny_plan", "takes"),
+    backward=_backward,
+    setup=_setup,
+)
 
 
 def _head_linear(x_THK: Tensor, weight_HNK: Tensor) -> Tensor:
