@@ -1,6 +1,7 @@
 """The attention block of a decoder: fused QKV, rotary positions, cache, attention, output projection.
 
 Legend: T tokens  D width  H query heads  K key heads  E head dim  B sequences  Q tokens a sequence
+        W = (H + 2K)·E  C rotary frequencies
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from rooflight.errors import InvalidValue
 from rooflight.models.config import LayerKind, ModelConfig
 from rooflight.models.layers import Linear, RMSNorm
-from rooflight.models.layout import Layout
+from rooflight.models.layout import Layout, Paged
 from rooflight.ops.attention import (
     attention,
     gather_kv,
@@ -23,6 +24,7 @@ from rooflight.ops.attention import (
     write_kv,
 )
 from rooflight.ops.rope import rotary
+from rooflight.ops.rotary_cache import rotate_and_cache
 
 Tables = dict[Any, tuple[Tensor, Tensor]]
 
@@ -113,8 +115,13 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias, component="output projection")
 
     def forward(self, x_TD: Tensor, tables: Tables, layout: Layout) -> Tensor:
+        qkv_TW = self.qkv(x_TD)
+        derived = torch.is_grad_enabled() and qkv_TW.requires_grad
+        if layout.paged is not None and not layout.whole and self.rope is not None and not derived:
+            q_THE = self._rotate_and_cache(qkv_TW, *tables[self.rope], layout.paged)
+            return self.out(self.core.cached(q_THE, layout, self.head_dim).flatten(1))
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = self.qkv(x_TD).split([q_size, kv_size, kv_size], dim=-1)
+        q, k, v = qkv_TW.split([q_size, kv_size, kv_size], dim=-1)
         q_THE = q.unflatten(-1, (self.heads, self.head_dim))
         k_TKE = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_TKE = v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -128,3 +135,14 @@ class Attention(nn.Module):
         else:
             out_THE = self.core.cached(q_THE, layout, self.head_dim)
         return self.out(out_THE.flatten(1))
+
+    def _rotate_and_cache(self, qkv_TW: Tensor, cos_TC: Tensor, sin_TC: Tensor, paged: Paged) -> Tensor:
+        """In one launch what `forward` does in up to four: head norms, rotation, cache write. The queries."""
+        keys, values = paged.cache.keys[self.core.index], paged.cache.values[self.core.index]
+        if self.rope is None or values is None:
+            raise InvalidValue("the fused cache write needs rotary positions and a cache with values")
+        weights, eps, offset = (None, None), 0.0, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            weights, eps, offset = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps, self.q_norm.offset
+        where = (keys, values, paged.slots_T, self.heads)
+        return rotate_and_cache(qkv_TW, cos_TC, sin_TC, *where, self.rope.interleaved, *weights, eps, offset)

@@ -19,7 +19,7 @@ from . import scalar_attention as sa
 from .case import Case, Draw
 from .formulas import gradients
 
-T = 5  # tokens written into a cache
+T, SLOTS = 5, torch.tensor([3, 17, 0, 8, 22])  # tokens written into a cache, and where
 # Documents packed in a row: an empty one, neighbours of one length, one of a single token.
 LENGTHS = (4, 0, 1, 3, 3, 2)
 STARTS = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
@@ -104,6 +104,25 @@ def _paged_args(r: Draw, latent: bool, window: int, cap: float, sinks: bool, dec
         cap,
         r(H) if sinks else None,
     )
+
+
+def _rotate_and_cache_args(r: Draw, channels: int, interleaved: bool, norm: bool, offset: float) -> tuple[Any, ...]:
+    tables, caches = (r.fp32(T, channels), r.fp32(T, channels)), (r(6, 4, G, E), r(6, 4, G, E))
+    weights = (r(E), r(E)) if norm else (None, None)
+    return r(T, (H + 2 * G) * E), *tables, *caches, SLOTS, H, interleaved, *weights, 0.01, offset
+
+
+def _rotate_and_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, heads: int, *rest: Any
+) -> Tensor:
+    """The formulas of the operations that it fuses, one after the other."""
+    interleaved, q_weight, k_weight, *norm = rest
+    q, k, v = qkv.unflatten(1, (-1, k_cache.shape[3])).split([heads, k_cache.shape[2], k_cache.shape[2]], dim=1)
+    if q_weight is not None:
+        q, k = f.rms_norm(q, q_weight, *norm), f.rms_norm(k, k_weight, *norm)
+    q, k = f.rotary(q, k, cos, sin, interleaved, False)
+    f.write_kv(k, v, k_cache, v_cache, slots)
+    return q
 
 
 def cases() -> list[Case]:
@@ -214,20 +233,31 @@ def cases() -> list[Case]:
         ),
         Case(
             "write_kv",
-            lambda r: (r(T, G, E), r(T, G, U), r(6, 4, G, E), r(6, 4, G, U), torch.tensor([3, 17, 0, 8, 22])),
+            lambda r: (r(T, G, E), r(T, G, U), r(6, 4, G, E), r(6, 4, G, U), SLOTS),
             f.write_kv,
             sa.write_kv,
             mutates=(2, 3),
         ),
         Case(
             "write_kv",
-            lambda r: (r(T, 1, E), None, r(6, 4, 1, E), None, torch.tensor([3, 17, 0, 8, 22])),
+            lambda r: (r(T, 1, E), None, r(6, 4, 1, E), None, SLOTS),
             f.write_kv,
             sa.write_kv,
             mutates=(2,),
             label="latent",
         ),
     ]
+    for channels, interleaved, norm, offset in ((4, False, False, 0.0), (3, True, True, 0.0), (4, False, True, 1.0)):
+        rows.append(
+            Case(
+                "rotate_and_cache",
+                lambda r, o=(channels, interleaved, norm, offset): _rotate_and_cache_args(r, *o),
+                _rotate_and_cache,
+                sa.rotate_and_cache,
+                mutates=(3, 4),
+                label=f"{'interleaved-part' if interleaved else 'halves'}{'-norm' * norm}{'-offset' * bool(offset)}",
+            )
+        )
     table = torch.tensor([[4, 1, 2], [0, 5, 3]])
     rows += [
         Case("gather_kv", lambda r: (r(6, 4, G, E), r(6, 4, G, U), table, 7, U, r.dtype), f.gather_kv, sa.gather_kv),

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from .counted import Counted, dot, exp, log, maximum, tanh, total
+from .scalar_dense import rms_norm, rotary
 
 
 def _visible(query: int, queries: int, keys: int, causal: bool, window: int) -> list[int]:
@@ -239,6 +240,25 @@ def write_kv(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: list[int]) -> No
         k_cache[slot // block][slot % block] = k[t]
         if v is not None:
             v_cache[slot // block][slot % block] = v[t]
+
+
+def _heads_normed(x: Any, *args: Any) -> Any:
+    rows = rms_norm([head for token in x for head in token], *args)
+    return [rows[i : i + len(x[0])] for i in range(0, len(rows), len(x[0]))]
+
+
+def rotate_and_cache(
+    qkv: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, slots: Any, heads: int, interleaved: bool, *norm: Any
+) -> Any:
+    q_weight, k_weight, *constants = norm
+    width, key_heads = len(k_cache[0][0][0]), len(k_cache[0][0])
+    rows = [[token[i : i + width] for i in range(0, len(token), width)] for token in qkv]
+    q, k, v = ([row[i:j] for row in rows] for i, j in ((0, heads), (heads, heads + key_heads), (-key_heads, None)))
+    if q_weight is not None:
+        q, k = _heads_normed(q, q_weight, *constants), _heads_normed(k, k_weight, *constants)
+    q, k = rotary(q, k, cos, sin, interleaved, False)
+    write_kv(k, v, k_cache, v_cache, slots)
+    return q
 
 
 def paged_attention(

@@ -89,6 +89,11 @@ BY_HAND = {
     "embedding": lambda args, out: (_nbytes(args[0], out), _nbytes(out)),  # only the rows that tokens name
     # The rows that the table names: keys, and values where they are a cache of their own.
     "gather_kv": lambda args, out: (_nbytes(args[2], out[0], None if args[1] is None else out[1]), _nbytes(out)),
+    # The caches are written where the slots say, and not read.
+    "rotate_and_cache": lambda args, out: (
+        _nbytes(*args[:3], *args[5:]),
+        _nbytes(out) + sum(args[0].shape[0] * _nbytes(cache[0, 0]) for cache in args[3:5]),
+    ),
     "write_kv": lambda args, out: (_nbytes(*args[:2], args[4]), _nbytes(*args[:2])),
     "paged_attention": _paged_bytes,
     "adamw": _adamw_bytes,
