@@ -30,8 +30,11 @@ _LAYER_LAUNCH_SECONDS, _FLOPS_PER_SECOND = 1e-3, 6e14
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
-    """Batch sizes of decode steps worth a graph: 1, 2, 4, every eighth to 256, every sixteenth beyond, and `most`."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, most + 1, 16)]
+    """Batch sizes of decode steps worth a graph: 1, 2, 4, then closer together than padding is felt, and `most`.
+
+    A step's products read the same weights for a few rows more, and its attention passes over rows without a context.
+    """
+    sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, most + 1, 32)]
     return tuple(sorted({size for size in sizes if size < most} | {most}))
 
 
@@ -39,7 +42,8 @@ def token_sizes(config: ModelConfig, most: int) -> tuple[int, ...]:
     """Numbers of tokens of other steps worth a graph: those whose launches would take longer than their products."""
     flops = 2 * parameter_counts(config)["active"]
     limit = int(len(config.layers) * _LAYER_LAUNCH_SECONDS * _FLOPS_PER_SECOND / flops)
-    sizes = [*range(32, 257, 32), *range(384, 1025, 128), *range(1536, limit + 1, 512)]
+    sizes = [32, 64, *range(128, 769, 128), *range(1024, 1537, 256), *range(2048, 4097, 512)]
+    sizes += range(5120, limit + 1, 1024)
     return tuple(sorted({size for size in sizes if size <= min(limit, most)} | ({most} if most <= limit else set())))
 
 
