@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rooflight.cli import bench_ops
 from rooflight.cli.parser import Parser, one_of, settings_options
 from rooflight.errors import InvalidValue
 from rooflight.serve.bench.settings import (
@@ -22,12 +23,13 @@ from rooflight.serve.settings import EngineSettings, from_environment
 if TYPE_CHECKING:
     from rooflight.serve.bench.result import Result
 
-SUMMARY = "measure serving: TTFT, TPOT, throughput and goodput beside the roof; with --dry predict them on any machine"
+SUMMARY = "measure serving (TTFT, TPOT, throughput, goodput; with --dry predict them) or operations, beside the roof"
 EXAMPLES = """examples:
   rooflight bench serve --base-url http://127.0.0.1:8000 --num-prompts 200 --request-rate 4 --ignore-eos
   rooflight bench serve --model llama-3.1-8b --load-format dummy --dry --on h200 --goodput ttft:200 tpot:50
   rooflight bench throughput --model ./model --input-len 100:1024 --output-len 100:1024 --num-prompts 256 --compare
-  rooflight bench latency --model ./model --batch-size 1 --input-len 1024 --output-len 128"""
+  rooflight bench latency --model ./model --batch-size 1 --input-len 1024 --output-len 128
+  rooflight bench ops attention paged_attention --sweep"""
 
 _KINDS = {
     "serve": ("requests as they arrive: against --base-url, or an engine in this process", ServeBenchSettings),
@@ -37,7 +39,7 @@ _KINDS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The three benchmarks, each with its traffic's flags and the engine's."""
+    """The benchmarks of serving, each with its traffic's flags and the engine's; and that of operations."""
     kinds = parser.add_subparsers(dest="bench", metavar="BENCHMARK", required=True, parser_class=Parser)
     for name, (summary, settings) in _KINDS.items():
         kind = kinds.add_parser(name, help=summary, description=summary)
@@ -51,10 +53,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             settings_options(kind, EndpointSettings)
         settings_options(kind, settings)
         settings_options(kind, EngineSettings)
+    ops = kinds.add_parser("ops", help=bench_ops.SUMMARY, description=bench_ops.SUMMARY, epilog=bench_ops.EXAMPLES)
+    ops.formatter_class = argparse.RawDescriptionHelpFormatter
+    bench_ops.add_options(ops)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run a benchmark and print its report; raises RooflightError on what the user can mend."""
+    if options.bench == "ops":
+        bench_ops.run(options)
+        return
     if options.dry and options.compare:
         raise InvalidValue("--dry predicts and --compare measures too; give one of them")
     if options.result is not None and not options.result.resolve().parent.is_dir():
