@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import Access, Cost, Count, Movement, Primitive, elementwise_cost
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
 
+_KERNELS, _RANKED_KERNELS = "rooflight.ops.kernels.sampling", "rooflight.ops.kernels.sampling_ranked"
+# Tokens and rows up to which the kernels' chunks are few enough to be summed up, and their counters suffice.
+_WIDEST, _MOST_ROWS = 2**20, 2**15
 # 2⁴⁰: exact to multiply by, and the sum over 2²³ tokens still fits into 63 bits.
 _ONE = 2.0**40
+_LOG2_E = 1.4426950408889634
 _CHUNK = 1024
 # A CPU tries this many of the likeliest tokens before it sorts a vocabulary whose cut top_p decides.
 _FIRST_TRY = 1024
@@ -59,19 +63,29 @@ def _greedy_cost(out_B: Tensor, logits_BV: Tensor) -> Cost:
     )
 
 
-greedy = Op("greedy", _greedy, cost=_greedy_cost, shape=_greedy_shape)
+def _takes(logits_BV: Tensor, *_: object) -> bool:
+    """Whether the kernels draw from such logits; what else a draw needs comes in any type."""
+    rows, columns = logits_BV.shape
+    return logits_BV.dtype in KERNEL_DTYPES and 0 < rows <= _MOST_ROWS and 0 < columns <= _WIDEST
+
+
+greedy = Op(
+    "greedy", _greedy, cost=_greedy_cost, shape=_greedy_shape, kernel=lazy(_KERNELS, "greedy"), kernel_takes=_takes
+)
 
 
 def _ratios(logits_BN: Tensor, greatest_B1: Tensor, temperature_B: Tensor) -> Tensor:
     """Probabilities relative to the greatest, fp32: exp((logit − greatest) / temperature)."""
     # The difference first: divided by a small temperature, the logits themselves would overflow. Greedy rows, whose
-    # draw nobody looks at, divide by something at least.
-    return torch.sub(logits_BN, greatest_B1.float()).div_(temperature_B.float().clamp(min=1e-30).unsqueeze(-1)).exp_()
+    # draw nobody looks at, divide by something at least. As a power of 2, a GPU's own: our kernels and torch's then
+    # agree to the last bit.
+    scale_B = temperature_B.float().clamp(min=1e-30).reciprocal_().mul_(_LOG2_E)
+    return torch.sub(logits_BN, greatest_B1.float()).mul_(scale_B.unsqueeze(-1)).exp2_()
 
 
 def _upto(ratio_BN: Tensor) -> Tensor:
     """Sums of whole weights up to each element, the ratios being used up."""
-    return ratio_BN.mul_(_ONE).to(torch.int64).cumsum_(-1)
+    return ratio_BN.mul_(_ONE).to(torch.int64).contiguous().cumsum_(-1)
 
 
 def _target(uniform_B: Tensor, mass_B: Tensor) -> Tensor:
@@ -162,7 +176,14 @@ def _rows_at_once(rows: Count, columns: Count) -> Count:
     return torch.sym_min(rows, torch.sym_max(1, _AT_ONCE // columns))
 
 
-sample_plain = Op("sample_plain", _sample_plain, cost=_sample_plain_cost, shape=_sample_plain_shape)
+sample_plain = Op(
+    "sample_plain",
+    _sample_plain,
+    cost=_sample_plain_cost,
+    shape=_sample_plain_shape,
+    kernel=lazy(_KERNELS, "sample_plain"),
+    kernel_takes=_takes,
+)
 
 
 def _likeliest(logits_BV: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -313,4 +334,11 @@ def _sample_cost(
     return cost.named("sample.selected") if most else cost
 
 
-sample = Op("sample", _sample, cost=_sample_cost, shape=_sample_shape)
+sample = Op(
+    "sample",
+    _sample,
+    cost=_sample_cost,
+    shape=_sample_shape,
+    kernel=lazy(_RANKED_KERNELS, "sample"),
+    kernel_takes=_takes,
+)
