@@ -94,7 +94,7 @@ class AsyncEngine:
         self._grammars = built.grammars
         self._listeners: list[Callable[[StepRecord], None]] = []
         self._completions: dict[str, tuple[Completion, _Stream]] = {}
-        self._embeddings: dict[str, asyncio.Future[list[float]]] = {}
+        self._embeddings: dict[str, tuple[Request, asyncio.Future[list[float]]]] = {}
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -140,7 +140,8 @@ class AsyncEngine:
         for name, (_, stream) in list(self._completions.items()):
             self._send("cancel", name)
             stream.put(EngineDead("the server is shutting down"))
-        for future in self._embeddings.values():
+        for name, (_, future) in list(self._embeddings.items()):
+            self._send("cancel", name)
             if not future.done():
                 future.set_exception(EngineDead("the server is shutting down"))
         self._completions.clear()
@@ -162,9 +163,8 @@ class AsyncEngine:
         requests = await self._requests(prompt_ids, params, request_id, priority)
         stream = _Stream()
         open_ = {request.id for request in requests}
-        for request in requests:
-            completion = Completion(requests.index(request), request, self.tokenizer)
-            self._completions[request.id] = completion, stream
+        for index, request in enumerate(requests):
+            self._completions[request.id] = Completion(index, request, self.tokenizer), stream
             self._send("add", request)
         try:
             while open_:
@@ -173,9 +173,12 @@ class AsyncEngine:
                     open_.discard(requests[delta.index].id)
                 yield delta
         finally:
-            for name in open_:
-                self._completions.pop(name, None)
-                self._send("cancel", name)
+            for request in requests:
+                completion, _ = self._completions.get(request.id, (None, None))
+                # One that has ended may have left its id to another.
+                if completion is not None and completion.request is request:
+                    del self._completions[request.id]
+                    self._send("cancel", request.id)
 
     async def complete(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str, priority: int = 0
@@ -192,8 +195,10 @@ class AsyncEngine:
         self._admit(1)
         self._check_prompt(prompt_ids)
         request = Request(request_id, list(prompt_ids), SamplingParams(), 0, embed=True)
+        self._check_free([request])
+        self.engine.scheduler.check(request)
         future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        self._embeddings[request_id] = future
+        self._embeddings[request_id] = request, future
         self._send("add", request)
         try:
             return await future
@@ -211,11 +216,17 @@ class AsyncEngine:
         if params.structured is not None:
             # Here, so that a bad grammar is the caller's error and not the engine's; a large one takes a while.
             await asyncio.to_thread(check_structured, self._grammars, params)
-        if any(name in self._completions for name in (request_id, f"{request_id}-0")):
-            raise InvalidValue(f"request id {request_id!r} is in use; give each request an id of its own")
+            # Others have come in the meantime, or the engine has stopped.
+            self._admit(params.n)
         found = requests_for(request_id, list(prompt_ids), params, self.max_model_len, self.eos_ids, priority)
+        self._check_free(found)
         self.engine.scheduler.check(found[0])
         return found
+
+    def _check_free(self, requests: Sequence[Request]) -> None:
+        for name in (request.id for request in requests):
+            if name in self._completions or name in self._embeddings:
+                raise InvalidValue(f"request id {name!r} is in use; give each request an id of its own")
 
     def _admit(self, count: int) -> None:
         if self.error is not None:
@@ -287,14 +298,14 @@ class AsyncEngine:
         for output in outputs:
             name = output.request.id
             if output.embedding is not None:
-                future = self._embeddings.get(name)
-                if future is not None and not future.done():
+                request, future = self._embeddings.get(name, (None, None))
+                if future is not None and request is output.request and not future.done():
                     future.set_result(output.embedding)
                 continue
-            found = self._completions.get(name)
-            if found is None:
+            completion, stream = self._completions.get(name, (None, None))
+            # Late news of a request that was cancelled, whose id another has by now, are not that other's.
+            if completion is None or stream is None or completion.request is not output.request:
                 continue
-            completion, stream = found
             stream.put(completion.news(output))
             if completion.ended:
                 del self._completions[name]
@@ -306,7 +317,7 @@ class AsyncEngine:
         found = self._completions.pop(name, None)
         if found is not None:
             found[1].put(error)
-        future = self._embeddings.get(name)
+        _, future = self._embeddings.get(name, (None, None))
         if future is not None and not future.done():
             future.set_exception(error)
 
@@ -315,6 +326,6 @@ class AsyncEngine:
         for _, stream in self._completions.values():
             stream.put(dead)
         self._completions.clear()
-        for future in self._embeddings.values():
+        for _, future in self._embeddings.values():
             if not future.done():
                 future.set_exception(dead)

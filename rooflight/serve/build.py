@@ -138,6 +138,8 @@ def build(settings: EngineSettings, say: Say) -> Built:
     source = find(settings)
     cuda = source.device.type == "cuda"
     settings, source, planned = plan_for(settings, source, usable_memory(settings, source.device), cuda)
+    # Before what takes minutes, for it may be a name that is not known.
+    machine = find_machine(settings.on, source.device)
     for line in described(planned):
         say(line)
     scheduler = Scheduler(scheduler_config(settings, planned.blocks), say)
@@ -147,7 +149,7 @@ def build(settings: EngineSettings, say: Say) -> Built:
     if not cuda:
         keep_freed_memory()
     try:
-        model = weights(source, settings, say)
+        model = weights(source, settings, say, packed=planned.packed > 0)
         demand = planned.demand
         kv_dtype = KV_DTYPES[demand.kv_dtype]
         blocks = planned.blocks + SPARE_BLOCKS
@@ -172,7 +174,6 @@ def build(settings: EngineSettings, say: Say) -> Built:
             f"the memory of this {source.device.type} is used up by others after all; free it, or lower "
             "--gpu-memory-utilization or --cpu-kv-cache-gib"
         ) from error
-    machine = find_machine(settings.on, source.device)
     predictor = predictor_for(demand, machine) if machine is not None else None
     ahead = settings.async_scheduling == "on" or (settings.async_scheduling == "auto" and cuda)
     # The model is here to stay: a collector that looks through it in the middle of a step only costs time.

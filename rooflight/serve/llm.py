@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rooflight.errors import InvalidValue
@@ -57,37 +58,49 @@ class LLM:
             results.append(result)
             for index, request in enumerate(requests):
                 open_[request.id] = Completion(index, request, self.tokenizer), result
-        for completion, _ in open_.values():
-            self.engine.add(completion.request)
-        try:
+        with self._abandoning([completion.request for completion, _ in open_.values()]):
             while open_:
                 self._step(open_)
-        finally:
-            # Interrupted: what was asked for here must not go on in a later call.
-            for name in open_:
-                self.engine.cancel(name)
-        while self.engine.has_work:
-            self.engine.step()
+            # With a step ahead, what the last requests' stop texts made needless is still under way.
+            while self.engine.has_work:
+                self.engine.step()
         return results
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
-        """The last hidden state of each prompt's last token, after the last norm: `width` numbers."""
+        """The last hidden state of each prompt's last token, after the last norm: `width` numbers.
+
+        Raises InvalidValue, before anything runs, on a prompt that cannot be run.
+        """
         listed = [prompts] if _is_prompt(prompts) else list(prompts)
-        names: list[str] = []
-        for prompt in listed:
-            request = Request(self._name(), self._ids(prompt), SamplingParams(), 0, embed=True)  # type: ignore[arg-type]
-            self.engine.add(request)
-            names.append(request.id)
+        requests = [Request(self._name(), self._ids(prompt), SamplingParams(), 0, embed=True) for prompt in listed]  # type: ignore[arg-type]
+        for request in requests:
+            self.engine.scheduler.check(request)
         found: dict[str, list[float]] = {}
-        while self.engine.has_work:
-            for output in self.engine.step():
-                if output.embedding is not None:
-                    found[output.request.id] = output.embedding
-        return [found[name] for name in names]
+        with self._abandoning(requests):
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    if output.embedding is not None:
+                        found[output.request.id] = output.embedding
+        return [found[request.id] for request in requests]
 
     def close(self) -> None:
         """Give the model's memory back."""
         self.engine.runner.close()
+
+    @contextlib.contextmanager
+    def _abandoning(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Queue requests; where what follows is interrupted, none of them goes on in a later call."""
+        try:
+            for request in requests:
+                self.engine.add(request)
+            yield
+        except BaseException:
+            for request in requests:
+                self.engine.cancel(request.id)
+            # The prefix cache counts on steps that were launched; one that was interrupted has written nothing.
+            pool = self.engine.scheduler.pool
+            pool.release(pool.take(pool.free))
+            raise
 
     def _step(self, open_: dict[str, tuple[Completion, RequestOutput]]) -> None:
         for output in self.engine.step():

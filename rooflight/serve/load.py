@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,15 +103,18 @@ def find(settings: EngineSettings, device: torch.device | None = None) -> Source
     )  # fmt: skip
 
 
-def weights(source: Source, settings: EngineSettings, say: Say) -> Transformer:
-    """The model on its device: random with --load-format dummy, else read from its directory a tensor at a time."""
+def weights(source: Source, settings: EngineSettings, say: Say, packed: bool = False) -> Transformer:
+    """The model on its device: random with --load-format dummy, else read from its directory a tensor at a time.
+
+    packed: keep matrices a second time, in the order that a CPU's products want.
+    """
     if settings.load_format == "dummy" or source.directory is None:
         say(f"making random weights of {source.name}")
         model = build_model(source.config, source.dtype, source.device).initialize(settings.seed)
     else:
         say(f"loading weights from {source.directory}")
         model = load_pretrained(source.directory, source.device, DTYPES[source.dtype])
-    if source.device.type == "cpu":
+    if packed:
         for module in model.modules():
             if isinstance(module, Linear | Head):
                 pack(module.weight)
@@ -123,11 +127,13 @@ def with_length(source: Source, max_model_len: int) -> Source:
 
 
 def _directory(model: str, dummy: bool) -> Path | None:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    # os.path takes any text, Path refuses one that is longer than a file name may be.
+    if os.path.isdir(path):
         return path
-    if dummy or model.count("/") != 1 or not all(model.split("/")) or path.suffix == ".json":
-        if not dummy and path.is_file():
+    is_hub_id = model.count("/") == 1 and all(model.split("/")) and not model.startswith((".", "~"))
+    if dummy or not is_hub_id or path.suffix == ".json":
+        if not dummy and os.path.isfile(path):
             raise InvalidValue(f"model {model} is a file; give its directory, or add --load-format dummy")
         if not dummy:
             # An unknown name is told with the names that are near it.
@@ -169,7 +175,8 @@ def _json(directory: Path | None, name: str) -> dict[str, Any]:
 
 def _eos_ids(generation: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
     """Ends of text: those that generation_config.json names, else config.json's, and the tokenizer's own."""
-    named = generation.get("eos_token_id", config.get("eos_token_id"))
+    named = generation.get("eos_token_id")
+    named = config.get("eos_token_id") if named is None else named
     ids = named if isinstance(named, list) else [named]
     found = {token for token in ids if isinstance(token, int) and not isinstance(token, bool)}
     if tokenizer is not None:

@@ -36,6 +36,8 @@ CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.25, 4 * GIB
 # No cache is made larger than this many times all requests at their full length: for a small model that would be
 # gigabytes that nobody reads.
 USEFUL_LENGTHS = 2
+# Matrices are kept a second time, packed, where all weights then take no more of a CPU's free memory than this.
+PACKED_SHARE = 0.5
 # The runner's cache has a block that no request owns: tokens of padding rows are written there.
 SPARE_BLOCKS = 1
 _MOST_UTILIZATION = 0.95
@@ -159,6 +161,9 @@ def plan(demand: Demand) -> MemoryPlan:
     graphs = _graph_bytes(demand) if demand.cuda else 0
     context = CUDA_CONTEXT_BYTES if demand.cuda else 0
     packed = 0 if demand.cuda or not packs(DTYPES[demand.dtype]) else _matrix_bytes(demand)
+    if weights + packed > demand.memory_bytes * PACKED_SHARE:
+        # A large model must do with its weights once.
+        packed = 0
     left = int(demand.memory_bytes) - weights - packed - activations
     if demand.cuda:
         budget = int(demand.memory_bytes * demand.utilization)

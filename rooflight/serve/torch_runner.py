@@ -100,8 +100,9 @@ class TorchRunner:
             return waiting
 
     def close(self) -> None:
-        """Give the graphs, the cache and the model back."""
-        del self._graphs, self._inputs, self._model
+        """Give the graphs, the cache and the model back; a second time changes nothing."""
+        for name in ("_graphs", "_inputs", "_model"):
+            self.__dict__.pop(name, None)
 
     def _run(self, step: Step) -> _Waiting:
         graphs = self._graphs
