@@ -101,14 +101,14 @@ def test_a_body_over_the_limit_is_refused_unread(start: Starter) -> None:
     assert server.client().completions.create(model="fake", prompt="x", max_tokens=1).choices[0].text == "T"
 
 
-def test_a_key_guards_everything_but_health(start: Starter) -> None:
+def test_a_key_guards_everything_but_health_and_figures(start: Starter) -> None:
     extra = [Route("/metrics", lambda request: PlainTextResponse("metrics"))]
     server = start(FakeEngine(), api_key="secret", extra_routes=extra)
     assert server.client("secret").completions.create(model="fake", prompt="x", max_tokens=1).choices
     for key in ("wrong", "secre", "secret2"):
         with pytest.raises(AuthenticationError):
             server.client(key).completions.create(model="fake", prompt="x")
-    for path in ("/v1/models", "/metrics", "/version", "/nowhere"):
+    for path in ("/v1/models", "/version", "/nowhere", "/metrics/"):
         status, error = error_of(server, head(path, "GET"))
         assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
     for value in ("secret", "Basic secret", "Bearer", "Bearer sécret"):
@@ -117,8 +117,11 @@ def test_a_key_guards_everything_but_health(start: Starter) -> None:
         raw.sendall(head("/health", "GET"))
         assert answer(raw)[0] == 200
     with connected(server) as raw:
-        raw.sendall(head("/metrics", "GET", authorization="bearer secret"))
+        raw.sendall(head("/metrics", "GET"))
         assert answer(raw)[2] == b"metrics"
+    with connected(server) as raw:
+        raw.sendall(head("/v1/models", "GET", authorization="bearer secret"))
+        assert answer(raw)[0] == 200
 
 
 def test_errors_of_the_engine(start: Starter, capfd: pytest.CaptureFixture[str]) -> None:
