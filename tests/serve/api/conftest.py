@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -41,13 +41,16 @@ class Running:
     server: Server
     engine: FakeEngine
     thread: threading.Thread
+    clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
     def client(self, key: str = "none", **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10, **options)
+        made = OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10, **options)
+        self.clients.append(made)
+        return made
 
     def until(self, holds: Callable[[], bool], seconds: float = 5.0) -> None:
         end = time.monotonic() + seconds
@@ -78,6 +81,9 @@ def start() -> Iterator[Starter]:
 
     yield begin
     for each in running:
+        # One that is left to the collector warns of its open sockets, whenever that comes by.
+        for client in each.clients:
+            client.close()
         each.server.should_exit = True
         each.server.force_exit = True
     for each in running:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +69,14 @@ def error_of(server: Running, sent: bytes) -> tuple[int, dict[str, Any]]:
     return status, found["error"]
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What servers say. Not by capfd: what is written between its read and its truncation would be lost."""
+    found = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("sent", "status", "words"),
     [
@@ -124,7 +134,7 @@ def test_a_key_guards_everything_but_health_and_figures(start: Starter) -> None:
         assert answer(raw)[0] == 200
 
 
-def test_errors_of_the_engine(start: Starter, capfd: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_engine(start: Starter, said: io.StringIO) -> None:
     server = start(FakeEngine())
     client, ask = server.client(), {"model": "fake", "prompt": "x"}
     for stream in (False, True):
@@ -145,7 +155,8 @@ def test_errors_of_the_engine(start: Starter, capfd: pytest.CaptureFixture[str])
         assert failed.value.status_code == 500
         assert "secret detail" not in failed.value.message
         # What the client may not see stands in the log.
-        server.until(lambda: "ZeroDivisionError: secret detail" in capfd.readouterr().err)
+        server.until(lambda: "ZeroDivisionError: secret detail" in said.getvalue())
+        said.truncate(0)
     server.engine.fail = None
 
 
@@ -244,32 +255,27 @@ def test_a_stream_on_the_wire(plain: Running) -> None:
     assert set(objects[0]) == {"id", "object", "created", "model", "system_fingerprint", "choices"}
 
 
-def test_each_request_has_a_line_in_the_log(start: Starter, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_request_has_a_line_in_the_log(start: Starter, said: io.StringIO) -> None:
     server = start(FakeEngine(tokenizer=with_template()), disable_log_requests=False)
     server.client().completions.create(model="fake", prompt="abc", max_tokens=5)
     with connected(server) as raw:
         raw.sendall(head("/no\x1b[31mwhere".replace("\x1b", "%1b"), "GET"))
         assert answer(raw)[0] == 404
-    lines: list[str] = []
-
-    def there() -> bool:
-        lines.extend(capfd.readouterr().err.splitlines())
-        return len(lines) == 2
-
-    server.until(there)
+    server.until(lambda: said.getvalue().count("\n") == 2)
+    lines = said.getvalue().splitlines()
     assert lines[0].startswith("POST /v1/completions 200, 3 tokens in, 5 out, TTFT ")
     assert lines[0].endswith(" s")
     assert lines[1].startswith("GET /no?[31mwhere 404, ")
 
 
-def test_extra_routes_are_served_and_their_failures_are_json(start: Starter, capfd: pytest.CaptureFixture[str]) -> None:
+def test_extra_routes_are_served_and_their_failures_are_json(start: Starter, said: io.StringIO) -> None:
     async def breaks(request: Request) -> JSONResponse:
         raise KeyError("hidden")
 
     server = start(FakeEngine(), extra_routes=[Route("/breaks", breaks)])
     status, error = error_of(server, head("/breaks", "GET"))
     assert (status, error["type"]) == (500, "server_error")
-    server.until(lambda: "KeyError: 'hidden'" in capfd.readouterr().err)
+    server.until(lambda: "KeyError: 'hidden'" in said.getvalue())
 
 
 def test_many_connections_at_once(start: Starter) -> None:

@@ -51,8 +51,9 @@ def url(engine: AsyncEngine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
