@@ -69,9 +69,8 @@ def error_of(server: Running, sent: bytes) -> tuple[int, dict[str, Any]]:
     return status, found["error"]
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What servers say. Not by capfd: what is written between its read and its truncation would be lost."""
+def listening(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What servers say from here on. Not by capfd: what is written between its read and its truncation would be lost."""
     found = io.StringIO()
     monkeypatch.setattr(sys, "stderr", found)
     return found
@@ -134,7 +133,8 @@ def test_a_key_guards_everything_but_health_and_figures(start: Starter) -> None:
         assert answer(raw)[0] == 200
 
 
-def test_errors_of_the_engine(start: Starter, said: io.StringIO) -> None:
+def test_errors_of_the_engine(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = listening(monkeypatch)
     server = start(FakeEngine())
     client, ask = server.client(), {"model": "fake", "prompt": "x"}
     for stream in (False, True):
@@ -255,7 +255,8 @@ def test_a_stream_on_the_wire(plain: Running) -> None:
     assert set(objects[0]) == {"id", "object", "created", "model", "system_fingerprint", "choices"}
 
 
-def test_each_request_has_a_line_in_the_log(start: Starter, said: io.StringIO) -> None:
+def test_each_request_has_a_line_in_the_log(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = listening(monkeypatch)
     server = start(FakeEngine(tokenizer=with_template()), disable_log_requests=False)
     server.client().completions.create(model="fake", prompt="abc", max_tokens=5)
     with connected(server) as raw:
@@ -268,7 +269,9 @@ def test_each_request_has_a_line_in_the_log(start: Starter, said: io.StringIO) -
     assert lines[1].startswith("GET /no?[31mwhere 404, ")
 
 
-def test_extra_routes_are_served_and_their_failures_are_json(start: Starter, said: io.StringIO) -> None:
+def test_extra_routes_are_served_and_their_failures_are_json(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = listening(monkeypatch)
+
     async def breaks(request: Request) -> JSONResponse:
         raise KeyError("hidden")
 
