@@ -70,7 +70,7 @@ def error_of(server: Running, sent: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def listening(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What servers say from here on. Not by capfd: what is written between its read and its truncation would be lost."""
+    """What servers say from here on. Not by capfd: what is written between its read and its cut would be lost."""
     found = io.StringIO()
     monkeypatch.setattr(sys, "stderr", found)
     return found
