@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,15 @@ def _takes(logits_BV: Tensor, *_: object) -> bool:
     """Whether the kernels draw from such logits; what else a draw needs comes in any type."""
     rows, columns = logits_BV.shape
     return logits_BV.dtype in KERNEL_DTYPES and 0 < rows <= _MOST_ROWS and 0 < columns <= _WIDEST
+
+
+def _takes_ranked(logits_BV: Tensor, *others: Any) -> bool:
+    """Whether the kernel draws among the likeliest: with top_k in every row.
+
+    Without it a draw under top_p may reach most of the vocabulary, which the kernel searches a row a program: on an
+    H200 2.2 ms for one row, where torch's sort takes 0.1 (benchmarks/ops_sampling.py).
+    """
+    return _takes(logits_BV) and others[-1] > 0
 
 
 greedy = Op(
@@ -340,5 +350,5 @@ sample = Op(
     cost=_sample_cost,
     shape=_sample_shape,
     kernel=lazy(_RANKED_KERNELS, "sample"),
-    kernel_takes=_takes,
+    kernel_takes=_takes_ranked,
 )

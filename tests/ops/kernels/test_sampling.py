@@ -213,7 +213,7 @@ def test_logits_without_a_distribution_still_give_a_token(interpret: Any, value:
 
 def test_what_the_kernels_take():
     def takes(op: Any, logits_BV: Tensor) -> bool:
-        return op.kernel_takes(logits_BV, *[None] * 5)
+        return op.kernel_takes(logits_BV, *[None] * 5, 20)
 
     for op in (greedy, sample_plain, sample):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -221,3 +221,5 @@ def test_what_the_kernels_take():
         assert not takes(op, torch.empty(2, 100, dtype=torch.float64, device="meta"))
         assert not takes(op, torch.empty(0, 100, device="meta"))
         assert not takes(op, torch.empty(1, 2**21, device="meta"))
+    # A row without top_k is sorted.
+    assert not sample.kernel_takes(torch.empty(2, 100, device="meta"), *[None] * 5, 0)  # type: ignore[misc]
