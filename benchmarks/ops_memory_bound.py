@@ -1,6 +1,6 @@
 """The memory-bound operations of a training step on a GPU: bandwidth of our kernels beside eager and compiled PyTorch.
 
-    python benchmarks/ops_memory_bound.py [--quick] [--sweep]        (under a minute on an H200)
+    python benchmarks/ops_memory_bound.py [--quick] [--only NAME] [--sweep]        (under a minute on an H200)
 
 Bytes are the operation's own price (unique bytes, moved once); the share is of the copy bandwidth of the same run.
 Inputs take turns through more copies than the L2 cache holds, calls run in a CUDA graph. `--sweep` then tries other
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rooflight.hardware.timing import Timing, time_call
-from rooflight.ops import activation, embedding, norm, rope
+from rooflight.ops import activation, embedding, layer_norm, norm, rope
+from rooflight.ops.attention.naive import attention_softmax, softmax_backward
 from rooflight.ops.op import Op
 
 COLD_BYTES = 256 * 2**20
@@ -65,6 +66,57 @@ def _tokens(count: int, vocabulary: int, half: bool = False) -> Tensor:
     return torch.where(torch.rand(count, device="cuda") < 0.5, 17, ids) if half else ids
 
 
+def _layer_norms(t: int, d: int) -> list[Case]:
+    size, peer = f"{t}×{d}", d == 4096
+    return [
+        Case(f"layer_norm {size}", layer_norm.layer_norm, lambda: (draw(t, d), draw(d), draw(d), EPS), peer),
+        Case(
+            f"add_layer_norm {size}",
+            layer_norm.add_layer_norm,
+            lambda: (draw(t, d), draw(t, d), draw(d), draw(d), EPS),
+        ),
+        Case(
+            f"layer_norm_backward {size}",
+            layer_norm.layer_norm_backward,
+            lambda: (draw(t, d), None, draw(t, d), draw(d), EPS),
+            peer,
+        ),
+        Case(
+            f"… layer_norm with residual {size}",
+            layer_norm.layer_norm_backward,
+            lambda: (draw(t, d), draw(t, d), draw(t, d), draw(d), EPS),
+        ),
+    ]
+
+
+def _wide(t: int, d: int) -> list[Case]:
+    size = f"{t}×{d}"
+    return [
+        Case(f"rms_norm {size}", norm.rms_norm, lambda: (draw(t, d), draw(d), EPS, 0.0)),
+        Case(f"add_rms_norm {size}", norm.add_rms_norm, lambda: (draw(t, d), draw(t, d), draw(d), EPS, 0.0)),
+        Case(
+            f"rms_norm_backward {size}",
+            norm.rms_norm_backward,
+            lambda: (draw(t, d), None, draw(t, d), draw(d), EPS, 0.0),
+        ),
+    ]
+
+
+def _softmaxes(rows: int, keys: int, causal: bool) -> list[Case]:
+    size = f"{rows}×{keys}{', causal' if causal else ''}"
+    # Heads of `keys` queries each where a mask wants them.
+    shape = (1, rows // keys, keys, keys) if causal else (1, 1, rows, keys)
+    return [
+        Case(f"softmax {size}", attention_softmax, lambda: (draw(*shape), causal, 0, 0.0, None), not causal),
+        Case(
+            f"softmax_backward {size}",
+            softmax_backward,
+            lambda: (draw(*shape), draw(*shape).softmax(-1), None, 0.0, False),
+            not causal,
+        ),
+    ]
+
+
 def cases(quick: bool) -> list[Case]:
     rows: list[Case] = []
     for t, d in ((32768, 768), (16384, 2048), (16384, 3072), (16384, 4096)):
@@ -90,6 +142,11 @@ def cases(quick: bool) -> list[Case]:
                 peer,
             ),
         ]
+    for t, d in ((32768, 768), (16384, 4096), (8192, 8192), (4096, 32768)):
+        rows += _layer_norms(t, d)
+    rows += [*_wide(8192, 20480), *_wide(4096, 32768)]
+    for keys, causal in ((4096, False), (4096, True), (1024, False)):
+        rows += _softmaxes(16384, keys, causal)
     rows.append(
         Case(
             "rms_norm of q, 16384×16×128",
@@ -152,6 +209,8 @@ def _check(case: Case) -> float:
     wide = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, args)
     worst = 0.0
     for found, wanted in zip(tree_leaves(case.op(*args)), tree_leaves(case.op.reference(*wide)), strict=True):
+        if not found.numel():
+            continue
         worst = max(worst, float((found.float() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()))
     return worst
 
@@ -170,35 +229,44 @@ def _time(fn: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Timing:
     return time_call([lambda args=args: fn(*args) for args in sets], device="cuda", budget_seconds=0.1)
 
 
-def table(quick: bool) -> None:
+def row(case: Case, roof: float) -> str:
+    """A case's time, rate and error, and how long PyTorch takes."""
+    error, sets = _check(case), _sets(case)
+    price = case.op.price(case.op(*sets[0]), *sets[0]).total_bytes
+    ours, eager = _time(case.op, sets), _time(case.op.reference, sets)
+    compiled = ""
+    if case.peer:
+        torch._dynamo.reset()
+        compiled = f"{_time(torch.compile(case.op.reference, dynamic=False), sets).seconds * 1e6:.1f}"
+    rate = price / ours.seconds
+    return (
+        f"{ours.seconds * 1e6:8.1f} {rate / 1e12:6.2f} {rate / roof:8.1%}"
+        f" {(ours.host_seconds or 0) * 1e6:8.1f} {eager.seconds * 1e6:8.1f} {compiled:>9} {error:.1e}"
+    )
+
+
+def table(quick: bool, only: str) -> None:
     roof = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy of 4 GiB {roof / 1e12:.2f} TB/s")
     print(f"{'operation':44} {'µs':>8} {'TB/s':>6} {'of copy':>8} {'host µs':>8} {'eager':>8} {'compiled':>9} error")
     for case in cases(quick):
-        error, sets = _check(case), _sets(case)
-        price = case.op.price(case.op(*sets[0]), *sets[0]).total_bytes
-        ours, eager = _time(case.op, sets), _time(case.op.reference, sets)
-        compiled = ""
-        if case.peer:
-            torch._dynamo.reset()
-            compiled = f"{_time(torch.compile(case.op.reference, dynamic=False), sets).seconds * 1e6:.1f}"
-        rate = price / ours.seconds
-        print(
-            f"{case.label:44} {ours.seconds * 1e6:8.1f} {rate / 1e12:6.2f} {rate / roof:8.1%}"
-            f" {(ours.host_seconds or 0) * 1e6:8.1f} {eager.seconds * 1e6:8.1f} {compiled:>9} {error:.1e}",
-            flush=True,
-        )
-        del sets
+        if only not in case.label:
+            continue
+        try:
+            told = row(case, roof)
+        except Exception as error:
+            told = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        print(f"{case.label:44} {told}", flush=True)
         torch.cuda.empty_cache()
 
 
-def sweep() -> None:
+def sweep(only: str) -> None:
     """Other launch constants for the norms: elements a thread, warps that stay resident, rows in flight."""
-    from rooflight.ops.kernels import norm as kernels
+    from rooflight.ops.kernels import norm_rows as kernels
 
     before = kernels.ELEMENTS, kernels.RESIDENT_WARPS, kernels.STAGES
     for case in cases(quick=False):
-        if "norm" not in case.label:
+        if "norm" not in case.op.name or only not in case.label:
             continue
         backward, sets = "backward" in case.op.name, _sets(case)
         for elements in (8, 16, 32):
@@ -215,14 +283,15 @@ def sweep() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every fourth row")
+    parser.add_argument("--only", default="", metavar="NAME", help="rows that hold this text")
     parser.add_argument("--sweep", action="store_true", help="then try other launch constants for the norms")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU; none is visible")
     with torch.no_grad():
-        table(options.quick)
+        table(options.quick, options.only)
         if options.sweep:
-            sweep()
+            sweep(options.only)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,31 @@ from torch import Tensor
 
 from rooflight.ops.cost import Cost
 from rooflight.ops.norm import norm_cost
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, same_kernel_dtype
+
+_KERNELS = "rooflight.ops.kernels.layer_norm"
 
 
 def _layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+
+
+def _fits(x_TD: Tensor, *parameters_D: Tensor) -> bool:
+    return x_TD.numel() > 0 and all(parameter_D.dtype in KERNEL_DTYPES for parameter_D in parameters_D)
+
+
+def _layer_norm_takes(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> bool:
+    return same_kernel_dtype(x_TD) and _fits(x_TD, weight_D, bias_D)
+
+
+def _add_layer_norm_takes(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> bool:
+    return x_TD.shape == residual_TD.shape and same_kernel_dtype(x_TD, residual_TD) and _fits(x_TD, weight_D, bias_D)
+
+
+def _layer_norm_backward_takes(
+    grad_TD: Tensor, grad_residual_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, eps: float
+) -> bool:
+    return same_kernel_dtype(grad_TD, grad_residual_TD, x_TD) and _fits(x_TD, weight_D)
 
 
 def _layer_norm_shape(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -85,7 +105,12 @@ def _layer_norm_backward_cost(
 
 
 layer_norm_backward = Op(
-    "layer_norm_backward", _layer_norm_backward, cost=_layer_norm_backward_cost, shape=_layer_norm_backward_shape
+    "layer_norm_backward",
+    _layer_norm_backward,
+    cost=_layer_norm_backward_cost,
+    shape=_layer_norm_backward_shape,
+    kernel=lazy(_KERNELS, "layer_norm_backward"),
+    kernel_takes=_layer_norm_backward_takes,
 )
 
 
@@ -113,13 +138,22 @@ def _add_backward(ctx: Any, grad_TD: Tensor | None, grad_residual_TD: Tensor | N
 
 
 layer_norm = Op(
-    "layer_norm", _layer_norm, cost=_layer_norm_cost, shape=_layer_norm_shape, backward=_backward, setup=_setup
+    "layer_norm",
+    _layer_norm,
+    cost=_layer_norm_cost,
+    shape=_layer_norm_shape,
+    kernel=lazy(_KERNELS, "layer_norm"),
+    kernel_takes=_layer_norm_takes,
+    backward=_backward,
+    setup=_setup,
 )
 add_layer_norm = Op(
     "add_layer_norm",
     _add_layer_norm,
     cost=_add_layer_norm_cost,
     shape=_add_layer_norm_shape,
+    kernel=lazy(_KERNELS, "add_layer_norm"),
+    kernel_takes=_add_layer_norm_takes,
     backward=_add_backward,
     setup=_add_setup,
 )

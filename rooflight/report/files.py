@@ -86,58 +86,58 @@ def to_markdown(explanation: Explanation) -> str:
     if totals.measured_seconds is not None:
         facts.append(("measured", format_seconds(totals.measured_seconds)))
     title = explanation.machine.title or explanation.machine.name
-    lines = [f"# {_escape(explanation.model)} on {_escape(title)}", "", *_table(["", ""], facts), ""]
+    lines = [f"# {escape(explanation.model)} on {escape(title)}", "", *markdown_table(["", ""], facts), ""]
 
     shown = columns(explanation)
     body = [[column.cells[index].text for column in shown] for index in range(len(explanation.rows))]
     numeric = {index for index, column in enumerate(shown) if column.numeric}
     lines += ["## Where the time goes", ""]
-    lines += _table([column.title for column in shown], [*body, [column.total for column in shown]], numeric)
+    lines += markdown_table([column.title for column in shown], [*body, [column.total for column in shown]], numeric)
     for told in figures.fused_text(explanation):
-        lines += ["", _escape(f"{told}.")]
+        lines += ["", escape(f"{told}.")]
     if explanation.legend:
-        lines += ["", _escape("; ".join(f"{name}: {meaning}" for name, meaning in explanation.legend.items()))]
+        lines += ["", escape("; ".join(f"{name}: {meaning}" for name, meaning in explanation.legend.items()))]
 
     sizes = [(line.name, format_bytes(line.most), format_bytes(line.at_peak)) for line in figures.memory_lines(memory)]
     sizes.append(("total", "", format_bytes(memory.total)))
     if memory.measured_peak is not None:
         sizes.append(("measured peak", "", format_bytes(memory.measured_peak)))
     sizes.append(("capacity", "", format_bytes(memory.capacity)))
-    lines += ["", "## Memory", "", *_table(["", "most", "at the peak"], sizes, {1, 2})]
+    lines += ["", "## Memory", "", *markdown_table(["", "most", "at the peak"], sizes, {1, 2})]
     where = f"; the peak is at {memory.peak_label}" if memory.peak_label else ""
-    lines += ["", _escape(f"It {figures.fit_text(memory)}{where}.")]
+    lines += ["", escape(f"It {figures.fit_text(memory)}{where}.")]
 
     for _, name, parts in figures.divisions(explanation):
         slices = [
             (part.name, format_count(part.flops), format_bytes(part.bytes), format_seconds(part.expected_seconds))
             for part in parts
         ]
-        lines += ["", f"## {name}", "", *_table(["", "FLOPs", "bytes", "expected"], slices, {1, 2, 3})]
+        lines += ["", f"## {name}", "", *markdown_table(["", "FLOPs", "bytes", "expected"], slices, {1, 2, 3})]
 
     if explanation.advice:
         gains = [
             (advice.change, figures.gain_text(advice, totals.expected_seconds), advice.why)
             for advice in explanation.advice
         ]
-        lines += ["", "## What would win most", "", *_table(["change", "gain", "why"], gains)]
+        lines += ["", "## What would win most", "", *markdown_table(["change", "gain", "why"], gains)]
     if explanation.notes:
-        lines += ["", "## Notes", "", *(f"- {_escape(note)}" for note in explanation.notes)]
+        lines += ["", "## Notes", "", *(f"- {escape(note)}" for note in explanation.notes)]
     lines += ["", "## Where the figures come from", ""]
-    lines += [f"- {_escape(name)}: {_escape(source)}" for name, source in explanation.provenance.items()]
+    lines += [f"- {escape(name)}: {escape(source)}" for name, source in explanation.provenance.items()]
     return "\n".join(lines) + "\n"
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> list[str]:
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> list[str]:
     right = set(numeric)
     rule = ["---:" if index in right else "---" for index in range(len(titles))]
-    return [_line(_escape(title) for title in titles), _line(rule), *(_line(map(_escape, row)) for row in rows)]
+    return [_line(escape(title) for title in titles), _line(rule), *(_line(map(escape, row)) for row in rows)]
 
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that Markdown shows as it stands: formulas keep their stars, and a name adds no cell, line or tag."""
     flat = html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\")
     for character in "|*_`[]":

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from rooflight.report.columns import Cell, Column
-from rooflight.report.files import _escape, _table, finite
+from rooflight.report.files import escape, finite, markdown_table
 from rooflight.report.ink import Ink
 from rooflight.report.layout import fit, plain_table
 from rooflight.report.units import (
@@ -48,10 +48,10 @@ def to_markdown(result: Result) -> str:
     shown = columns(result)
     cells = [[column.cells[index].text for column in shown] for index in range(len(result.rows))]
     numeric = [index for index, column in enumerate(shown) if column.numeric]
-    lines = [f"# bench ops: {_escape(_subject(result))}", "", _escape(" · ".join(result.facts)), ""]
-    lines += _table([column.title for column in shown], cells, numeric)
+    lines = [f"# bench ops: {escape(_subject(result))}", "", escape(" · ".join(result.facts)), ""]
+    lines += markdown_table([column.title for column in shown], cells, numeric)
     if result.notes:
-        lines += ["", *(f"- {_escape(note)}" for note in result.notes)]
+        lines += ["", *(f"- {escape(note)}" for note in result.notes)]
     return "\n".join(lines) + "\n"
 
 

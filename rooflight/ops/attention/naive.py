@@ -23,7 +23,9 @@ from rooflight.ops.cost import (
     precision_of,
     tensor_bytes,
 )
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, same_kernel_dtype
+
+_KERNELS = "rooflight.ops.kernels.softmax"
 
 
 def _grouped(x_BQHE: Tensor, key_heads: int) -> Tensor:
@@ -130,6 +132,11 @@ def _softmax(
     return torch.exp(scores - lse).to(scores_BHQS.dtype)
 
 
+def _softmax_takes(scores_BHQS: Tensor, causal: bool, window: int, softcap: float, sinks_H: Tensor | None) -> bool:
+    sinks = sinks_H is None or sinks_H.dtype in KERNEL_DTYPES
+    return same_kernel_dtype(scores_BHQS) and scores_BHQS.numel() > 0 and sinks
+
+
 def _softmax_shape(
     scores_BHQS: Tensor, causal: bool = True, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None
 ) -> Tensor:
@@ -167,6 +174,12 @@ def _softmax_backward(
     return out.to(grad_BHQS.dtype), grad_sinks
 
 
+def _softmax_backward_takes(
+    grad_BHQS: Tensor, probs_BHQS: Tensor, scores_BHQS: Tensor | None, softcap: float, sinks: bool
+) -> bool:
+    return same_kernel_dtype(grad_BHQS, probs_BHQS, scores_BHQS) and grad_BHQS.numel() > 0
+
+
 def _softmax_backward_shape(
     grad_BHQS: Tensor, probs_BHQS: Tensor, scores_BHQS: Tensor | None, softcap: float, sinks: bool
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +209,12 @@ def _softmax_backward_cost(
 
 
 softmax_backward = Op(
-    "attention_softmax_backward", _softmax_backward, cost=_softmax_backward_cost, shape=_softmax_backward_shape
+    "attention_softmax_backward",
+    _softmax_backward,
+    cost=_softmax_backward_cost,
+    shape=_softmax_backward_shape,
+    kernel=lazy(_KERNELS, "attention_softmax_backward"),
+    kernel_takes=_softmax_backward_takes,
 )
 
 
@@ -217,6 +235,8 @@ attention_softmax = Op(
     _softmax,
     cost=_softmax_cost,
     shape=_softmax_shape,
+    kernel=lazy(_KERNELS, "attention_softmax"),
+    kernel_takes=_softmax_takes,
     backward=_softmax_op_backward,
     setup=_softmax_setup,
 )

@@ -1,8 +1,8 @@
 """RMSNorm kernels: forward, forward with the residual add before it, and backward with the weight's gradient.
 
-A row lies in registers from its load to its store. The backward runs few, long-lived programs: each loops over rows,
-with the next ones on their way to shared memory meanwhile, and adds the weight's gradient up in registers; a second
-kernel adds the programs' sums, always in one order.
+A row lies in registers from its load to its store; of wider rows see `norm_wide`. The backward runs few, long-lived
+programs: each loops over rows, with the next ones on their way to shared memory meanwhile, and adds the weight's
+gradient up in registers; a second kernel adds the programs' sums, always in one order.
 Legend: T rows  D width  P programs
 """
 
@@ -16,19 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rooflight.ops.kernels import ceil_div, power_of_2, processors, rows_of
-
-FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements that a program takes at once where rows are narrower
-ELEMENTS = 16  # in a thread: two 16-byte loads of bf16
-RESIDENT_WARPS = 16  # of the backward on one multiprocessor, whose registers hold the row, the weight and the sums
-STAGES, BUFFER_BYTES = 3, 96 * 1024  # rows of the backward in flight, and the shared memory of one program for them
-SUM_ROWS, SUM_COLUMNS = 64, 32
-
-
-@triton.jit
-def _offset(row, inner, outer_stride, inner_stride):
-    outer = row // inner
-    return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * inner_stride
+from rooflight.ops.kernels import ceil_div, norm_wide, processors, rows_of
+from rooflight.ops.kernels.ahead import fetch_ahead, pieces_of
+from rooflight.ops.kernels.norm_rows import WIDEST, backward_tile, column_sums, forward_tile, row_offset, row_stride
 
 
 @triton.jit
@@ -43,6 +33,8 @@ def _rms_norm_kernel(
     weight_ptr,
     sum_ptr,
     out_ptr,
+    ahead_ptr,
+    pieces,
     rows,
     inner,
     outer_stride,
@@ -53,11 +45,14 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    if ahead_ptr is not None:
+        fetch_ahead(ahead_ptr, pieces, THREADS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    x = tl.load(x_ptr + _offset(row, inner, outer_stride, inner_stride)[:, None] + column[None, :], mask, 0.0)
+    x = tl.load(x_ptr + row_offset(row, inner, outer_stride, inner_stride)[:, None] + column[None, :], mask, 0.0)
     x = x.to(tl.float32)
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     if residual_ptr is not None:
@@ -102,7 +97,7 @@ def _rms_norm_backward_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         row = (step * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        at = _offset(row, inner, outer_stride, inner_stride)[:, None] + column[None, :]
+        at = row_offset(row, inner, outer_stride, inner_stride)[:, None] + column[None, :]
         x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
         at = row.to(tl.int64)[:, None] * grad_stride + column[None, :]
         grad = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
@@ -121,44 +116,31 @@ def _rms_norm_backward_kernel(
     tl.store(partial_ptr + program.to(tl.int64) * WIDTH + column, tl.sum(grad_weight, 0), column < WIDTH)
 
 
-@triton.jit
-def _column_sum_kernel(partial_ptr, out_ptr, rows, steps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for _ in range(0, steps):
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        total += tl.load(partial_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask, 0.0)
-        row += ROWS
-    tl.store(out_ptr + column, tl.sum(total, 0), column < WIDTH)
-
-
-def _tile(width: int, elements: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program."""
-    block = power_of_2(width)
-    rows = max(1, elements // block)
-    return block, rows, min(32, max(1, block * rows // (32 * ELEMENTS)))
-
-
-def _row_stride(x: Tensor) -> tuple[Tensor, int]:
-    x, _, inner, stride, _ = rows_of(x)
-    return (x, stride) if inner == 1 else (x.contiguous(), x.shape[-1])
-
-
 def _forward(
-    x_TD: Tensor, residual_TD: Tensor | None, sum_TD: Tensor | None, weight_D: Tensor, eps: float, offset: float
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    sum_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    offset: float,
+    ahead: Tensor | None = None,
 ) -> Tensor:
-    x, rows, inner, outer_stride, inner_stride = rows_of(x_TD)
-    residual, residual_stride = (None, 0) if residual_TD is None else _row_stride(residual_TD)
-    out_TD = x_TD.new_empty(x_TD.shape)
     width = x_TD.shape[-1]
-    block, tile_rows, warps = _tile(width, FORWARD_TILE)
+    if width > WIDEST:
+        return norm_wide.forward(x_TD, residual_TD, sum_TD, weight_D, None, eps, offset)
+    x, rows, inner, outer_stride, inner_stride = rows_of(x_TD)
+    residual, residual_stride = (None, 0) if residual_TD is None else row_stride(residual_TD)
+    out_TD = x_TD.new_empty(x_TD.shape)
+    block, tile_rows, warps = forward_tile(width)
+    ahead, pieces = pieces_of(ahead, rows)
     _rms_norm_kernel[(ceil_div(rows, tile_rows),)](
         x,
         residual,
         weight_D.contiguous(),
         sum_TD,
         out_TD,
+        ahead,
+        pieces,
         rows,
         inner,
         outer_stride,
@@ -169,14 +151,20 @@ def _forward(
         WIDTH=width,
         BLOCK=block,
         ROWS=tile_rows,
+        THREADS=32 * warps,
         num_warps=warps,
     )
     return out_TD
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """y = x · rsqrt(mean(x²) + eps) · (offset + w); reads x and writes y once."""
-    return _forward(x_TD, None, None, weight_D, eps, offset)
+def rms_norm(
+    x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, ahead: Tensor | None = None
+) -> Tensor:
+    """y = x · rsqrt(mean(x²) + eps) · (offset + w); reads x and writes y once.
+
+    ahead: the weight of the product that comes next, whose beginning may be fetched into the cache.
+    """
+    return _forward(x_TD, None, None, weight_D, eps, offset, ahead)
 
 
 def add_rms_norm(
@@ -191,24 +179,26 @@ def rms_norm_backward(
     grad_TD: Tensor, grad_residual_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x with the residual's added, gradient of the weight)."""
+    width, grad_weight_D = x_TD.shape[-1], weight_D.new_empty(weight_D.shape)
+    if width > WIDEST:
+        out_TD, partial_P1D = norm_wide.backward(grad_TD, grad_residual_TD, x_TD, weight_D, eps, offset, False)
+        column_sums(partial_P1D, grad_weight_D)
+        return out_TD, grad_weight_D
     x, rows, inner, outer_stride, inner_stride = rows_of(x_TD)
-    grad, grad_stride = _row_stride(grad_TD)
-    residual, residual_stride = (None, 0) if grad_residual_TD is None else _row_stride(grad_residual_TD)
-    width = x_TD.shape[-1]
-    block, tile_rows, warps = _tile(width, BACKWARD_TILE)
+    grad, grad_stride = row_stride(grad_TD)
+    residual, residual_stride = (None, 0) if grad_residual_TD is None else row_stride(grad_residual_TD)
+    block, tile_rows, warps, stages, resident = backward_tile(width, 2 if residual is None else 3, x.element_size())
     tiles = ceil_div(rows, tile_rows)
-    row_bytes = (2 if residual is None else 3) * block * tile_rows * x_TD.element_size()
-    stages = min(STAGES, 1 + BUFFER_BYTES // row_bytes)
-    programs = min(tiles, processors(x_TD.device) * max(1, RESIDENT_WARPS // warps))
-    out_TD, grad_weight_D = x_TD.new_empty(x_TD.shape), weight_D.new_empty(weight_D.shape)
-    partial_PD = x_TD.new_empty((programs, width), dtype=torch.float32)
+    programs = min(tiles, processors(x_TD.device) * resident)
+    out_TD = x_TD.new_empty(x_TD.shape)
+    partial_P1D = x_TD.new_empty((programs, 1, width), dtype=torch.float32)
     _rms_norm_backward_kernel[(programs,)](
         grad,
         residual,
         x,
         weight_D.contiguous(),
         out_TD,
-        partial_PD,
+        partial_P1D,
         rows,
         ceil_div(tiles, programs),
         grad_stride,
@@ -224,14 +214,5 @@ def rms_norm_backward(
         STAGES=stages,
         num_warps=warps,
     )
-    _column_sum_kernel[(ceil_div(width, SUM_COLUMNS),)](
-        partial_PD,
-        grad_weight_D,
-        programs,
-        ceil_div(programs, SUM_ROWS),
-        WIDTH=width,
-        ROWS=SUM_ROWS,
-        BLOCK=SUM_COLUMNS,
-        num_warps=4,
-    )
+    column_sums(partial_P1D, grad_weight_D)
     return out_TD, grad_weight_D

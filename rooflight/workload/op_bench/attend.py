@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rooflight.ops.attention import attention, packed_attention, paged_attention, write_kv
+from rooflight.ops.attention import attention, packed_attention, paged_attention
 from rooflight.ops.batch import Batch, Group
 from rooflight.workload.op_bench import installed
 from rooflight.workload.op_bench.case import Absent, Args, Draw, Operation, Peer
@@ -130,7 +130,7 @@ def _documents_peers(device: torch.device) -> list[Peer]:
     ]
 
 
-def _blocks(tokens: int) -> int:
+def blocks(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
@@ -138,7 +138,7 @@ def _pages(draw: Draw, groups: Groups, heads: int, key_heads: int, head_dim: int
     """A cache of just the blocks that the sequences hold, in a random order."""
     queries = [query for count, query, _ in groups for _ in range(count)]
     contexts = [context for count, _, context in groups for _ in range(count)]
-    needed = [_blocks(context) for context in contexts]
+    needed = [blocks(context) for context in contexts]
     order = draw.order(sum(needed)).int()
     table_BM = torch.zeros(len(needed), max(needed), dtype=torch.int32, device=draw.device)
     for row, chosen in zip(table_BM, order.split(needed)):
@@ -173,7 +173,7 @@ def _gathered(q_THE: Tensor, k_NPKE: Tensor, v_NPKE: Tensor, table_BM: Tensor, g
     """(q [B,Q,H,E], k and v [B,S,K,E]) of each group, out of the cache."""
     row = token = 0
     for count, query, context in groups:
-        table = table_BM[row : row + count, : _blocks(context)].long()
+        table = table_BM[row : row + count, : blocks(context)].long()
         k, v = (cache[table].flatten(1, 2)[:, :context] for cache in (k_NPKE, v_NPKE))
         yield q_THE[token : token + count * query].unflatten(0, (count, query)), k, v
         row, token = row + count, token + count * query
@@ -209,23 +209,6 @@ def _pages_peers(device: torch.device) -> list[Peer]:
         # FlashAttention 2 wants pages of 256 tokens.
         *(flat(peer) for peer in fa3 if peer.name == "fa3"),
     ]
-
-
-def _new_kv(draw: Draw, tokens: int, heads: int, key_heads: int, head_dim: int) -> Args:
-    _, k, v = fused_qkv(draw, tokens, heads, key_heads, head_dim)
-    caches = (draw(_blocks(tokens) + 1, PAGE, key_heads, head_dim) for _ in range(2))
-    return k, v, *caches, draw.order(tokens)
-
-
-def _ours_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Args:
-    write_kv(k, v, k_cache, v_cache, slots)
-    return k_cache, v_cache
-
-
-def _plain_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Args:
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.view(-1, *cache.shape[2:])[slots] = new
-    return k_cache, v_cache
 
 
 OPERATIONS = [
@@ -265,13 +248,5 @@ OPERATIONS = [
         peers=_pages_peers,
         batch=lambda groups, *_: Batch(tuple(Group(*group) for group in groups)),
         compiles=False,
-    ),
-    Operation(
-        "write_kv",
-        "new keys and values, slices of one projection, into the paged cache",
-        make=_new_kv,
-        ours=_ours_write,
-        plain=_plain_write,
-        label=lambda tokens, heads, key_heads, head_dim: f"{tokens}×{key_heads}×{head_dim}",
     ),
 ]

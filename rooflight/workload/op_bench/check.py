@@ -80,11 +80,13 @@ def widened(args: Args, dtype: torch.dtype) -> Args:
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest number of the reference; infinite where something is missing."""
+    """Largest difference, relative to the reference's largest number; infinite where a shape or an integer is wrong."""
     if found.shape != wanted.shape:
         return float("inf")
     if not wanted.numel():
         return 0.0
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(found.to(wanted.dtype), wanted) else float("inf")
     off = (found.to(wanted.dtype) - wanted).abs().max()
     error = float(off / wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny))
     return error if error == error else float("inf")

@@ -58,7 +58,8 @@ def _by_rank(
 
 
 def _filtered_label(rows: int, vocabulary: int, top_k: int, top_p: float) -> str:
-    return f"{rows}×{vocabulary}, {f'top-k {top_k}, ' if top_k else ''}top-p {top_p:g}"
+    filters = [f"top-k {top_k}"] * (top_k > 0) + [f"top-p {top_p:g}"] * (top_p < 1)
+    return ", ".join([f"{rows}×{vocabulary}", *filters])
 
 
 OPERATIONS = [

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rooflight.ops import activation, embedding, layer_norm, linear, norm, rope
+from rooflight.ops.attention.naive import attention_softmax
 from rooflight.workload.op_bench import installed
 from rooflight.workload.op_bench.case import Args, Draw, Operation
 
@@ -50,6 +51,11 @@ def _plain_add_rms(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> Args:
     return _plain_rms(total_TD, weight_D), total_TD
 
 
+def _plain_add_layer_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor) -> Args:
+    total_TD = x_TD + residual_TD
+    return F.layer_norm(total_TD, weight_D.shape, weight_D, bias_D, EPS), total_TD
+
+
 def _softmax_of(x_TD: Tensor) -> Tensor:
     powers = torch.exp(x_TD - x_TD.amax(-1, keepdim=True))
     return powers / powers.sum(-1, keepdim=True)
@@ -67,13 +73,13 @@ def _rotary_inputs(draw: Draw, tokens: int, heads: int, key_heads: int, head_dim
     return q, k, angles_TC.cos(), angles_TC.sin()
 
 
-def _turned(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+def turned(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     (a, b), cos, sin = at_least_fp32(x_THE).chunk(2, -1), cos_TC.unsqueeze(1), sin_TC.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_THE.dtype)
 
 
 def _plain_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Args:
-    return _turned(q_THE, cos_TC, sin_TC), _turned(k_TKE, cos_TC, sin_TC)
+    return turned(q_THE, cos_TC, sin_TC), turned(k_TKE, cos_TC, sin_TC)
 
 
 def _applied(x: Tensor, kind: str) -> Tensor:
@@ -144,11 +150,21 @@ OPERATIONS = [
         trains=rows_first,
     ),
     Operation(
+        "add_layer_norm",
+        "residual add and LayerNorm",
+        make=lambda draw, rows, width: (draw(rows, width), draw(rows, width), draw(width), draw(width)),
+        ours=lambda x, residual, weight, bias: layer_norm.add_layer_norm(x, residual, weight, bias, EPS),
+        plain=_plain_add_layer_norm,
+        label="{}×{}".format,
+        wrt=(0, 1, 2, 3),
+        trains=rows_first,
+    ),
+    Operation(
         "softmax",
-        "softmax of rows, torch's own",
+        "softmax of rows, as naive attention's of its scores",
         make=lambda draw, rows, width: (draw(rows, width),),
-        ours=lambda x: torch.softmax(x, -1),
-        plain=None,
+        ours=lambda x: attention_softmax(x[None, None], False)[0, 0],
+        plain=lambda x: torch.softmax(x, -1),
         reference=_softmax_of,
         label="{}×{}".format,
         peers=lambda device: installed.liger("liger_softmax", device, lambda function, x: function(x)),

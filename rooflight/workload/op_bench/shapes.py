@@ -11,6 +11,7 @@ _WEIGHTS = ((6144, 4096), (28672, 4096), (4096, 14336), (4096, 1024), (1024, 307
 _LLAMA = (32, 8, 128)  # query heads, key heads, head dim
 _QWEN = (16, 8, 128)
 _SMALL = (8, 2, 64)
+_EXPERTS = (128, 8)  # of Qwen3-30B-A3B, and of them a token
 # count sequences that each add `query` tokens and then hold `context`
 _DECODES = ((1, 8192), (1, 65536), (8, 8192), (32, 4096), (128, 2048), (128, 512))
 _RAGGED = tuple((1, 1, 1 + 2047 * i * 37 % 64 * 32) for i in range(64))
@@ -34,12 +35,21 @@ SHAPES: dict[str, Shapes] = {
     ),
     "add_rms_norm": Shapes(
         gpu=((16384, 4096),),
-        gpu_grid=((1, 4096), (128, 4096), (32768, 768), (16384, 2048), (16384, 3072)),
+        gpu_grid=((1, 4096), (128, 4096), (32768, 768), (16384, 2048), (16384, 3072), (4096, 32768)),
         cpu=((1024, 1024),),
         cpu_grid=((1, 1024), (4096, 1024)),
     ),
     "layer_norm": Shapes(
-        gpu=((16384, 4096),), gpu_grid=((128, 4096), (32768, 768)), cpu=((1024, 1024),), cpu_grid=((1, 1024),)
+        gpu=((32768, 768),),
+        gpu_grid=((128, 4096), (16384, 4096), (4096, 32768)),
+        cpu=((1024, 1024),),
+        cpu_grid=((1, 1024),),
+    ),
+    "add_layer_norm": Shapes(
+        gpu=((32768, 768),),
+        gpu_grid=((128, 4096), (16384, 4096), (4096, 32768)),
+        cpu=((1024, 1024),),
+        cpu_grid=((1, 1024),),
     ),
     "softmax": Shapes(
         gpu=((16384, 4096),), gpu_grid=((4096, 16384), (128, 128256)), cpu=((1024, 1024),), cpu_grid=((8, 32000),)
@@ -100,6 +110,36 @@ SHAPES: dict[str, Shapes] = {
         cpu=((256, *_SMALL),),
         cpu_grid=((1, *_SMALL),),
     ),
+    "rotate_and_cache": Shapes(  # tokens, query heads, key heads, head dim, head norms
+        gpu=((32, *_QWEN, True), (8192, *_LLAMA, False)),
+        gpu_grid=((1, *_LLAMA, False), (1, *_QWEN, True), (256, *_LLAMA, False)),
+        cpu=((256, *_SMALL, True),),
+        cpu_grid=((1, *_SMALL, False),),
+    ),
+    "route": Shapes(  # tokens, experts, experts a token
+        gpu=((4096, *_EXPERTS),),
+        gpu_grid=((1, *_EXPERTS), (32, *_EXPERTS)),
+        cpu=((256, 32, 4),),
+        cpu_grid=((1, 32, 4),),
+    ),
+    "permute": Shapes(  # … and width
+        gpu=((4096, *_EXPERTS, 2048),),
+        gpu_grid=((1, *_EXPERTS, 2048), (32, *_EXPERTS, 2048)),
+        cpu=((256, 32, 4, 256),),
+        cpu_grid=((1, 32, 4, 256),),
+    ),
+    "unpermute": Shapes(
+        gpu=((4096, *_EXPERTS, 2048),),
+        gpu_grid=((1, *_EXPERTS, 2048), (32, *_EXPERTS, 2048)),
+        cpu=((256, 32, 4, 256),),
+        cpu_grid=((1, 32, 4, 256),),
+    ),
+    "grouped_linear": Shapes(  # … outputs and width
+        gpu=((32, *_EXPERTS, 1536, 2048), (4096, *_EXPERTS, 1536, 2048)),
+        gpu_grid=((1, *_EXPERTS, 1536, 2048), (8, *_EXPERTS, 2048, 768), (4096, 8, 2, 28672, 4096)),
+        cpu=((256, 8, 2, 256, 256),),
+        cpu_grid=((1, 8, 2, 256, 256),),
+    ),
     "linear_cross_entropy": Shapes(  # tokens, width, vocabulary
         gpu=((8192, 2048, 128256),),
         gpu_grid=((16384, 2048, 128256), (32768, 768, 50304), (16384, 3072, 128256)),
@@ -130,8 +170,14 @@ SHAPES: dict[str, Shapes] = {
     ),
     "sample": Shapes(  # rows, vocabulary, top_k, top_p
         gpu=((32, 128256, 50, 0.9), (32, 128256, 0, 0.9)),
-        gpu_grid=((1, 151936, 50, 0.9), (1, 151936, 0, 0.9), (256, 151936, 50, 0.9), (256, 151936, 0, 0.9)),
+        gpu_grid=(
+            (1, 151936, 50, 0.9),
+            (1, 151936, 0, 0.9),
+            (32, 151936, 50, 1.0),
+            (256, 151936, 50, 0.9),
+            (256, 151936, 0, 0.9),
+        ),
         cpu=((4, 32000, 50, 0.9),),
-        cpu_grid=((4, 32000, 0, 0.9), (1, 32000, 50, 0.9)),
+        cpu_grid=((4, 32000, 0, 0.9), (4, 32000, 50, 1.0), (1, 32000, 50, 0.9)),
     ),
 }

@@ -6,13 +6,20 @@ import difflib
 from collections.abc import Iterable
 
 from rooflight.errors import InvalidValue
-from rooflight.workload.op_bench import attend, choose, dense, learn
+from rooflight.workload.op_bench import attend, cache, choose, dense, experts, learn
 from rooflight.workload.op_bench.case import Operation
 from rooflight.workload.op_bench.shapes import SHAPES
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (*dense.OPERATIONS, *attend.OPERATIONS, *learn.OPERATIONS, *choose.OPERATIONS)
+    for operation in (
+        *dense.OPERATIONS,
+        *attend.OPERATIONS,
+        *cache.OPERATIONS,
+        *experts.OPERATIONS,
+        *learn.OPERATIONS,
+        *choose.OPERATIONS,
+    )
 }
 _NAMES = {name: op.name for op in OPERATIONS.values() for name in (op.name, *op.also)}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rooflight.ops import activation, embedding, norm, rope
+from rooflight.ops import activation, embedding, layer_norm, norm, rope
 from rooflight.ops.op import Op
 from tests.ops import formulas as f
 
@@ -16,7 +16,7 @@ from tests.ops import formulas as f
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 OPS: dict[str, Op] = {
     name: value
-    for module in (activation, embedding, norm, rope)
+    for module in (activation, embedding, layer_norm, norm, rope)
     for name, value in vars(module).items()
     if isinstance(value, Op)
 }
@@ -32,6 +32,9 @@ FORMULAS: dict[str, Any] = {
     "rms_norm": f.rms_norm,
     "add_rms_norm": lambda x, y, w, e, o: (f.rms_norm(x + y, w, e, o), x + y),
     "rms_norm_backward": f.rms_norm_backward,
+    "layer_norm": f.layer_norm,
+    "add_layer_norm": lambda x, y, w, b, e: (f.layer_norm(x + y, w, b, e), x + y),
+    "layer_norm_backward": f.layer_norm_backward,
     "activation": f.activation,
     "activation_backward": lambda g, x, k: f.gradients(lambda y: f.activation(y, k), (x,), g)[0],
     "gated_activation": f.gated_activation,

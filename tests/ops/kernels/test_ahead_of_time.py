@@ -22,8 +22,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import activation, embedding, norm, rope
+from rooflight.ops.kernels import activation, embedding, layer_norm, norm, norm_rows, norm_wide, rope, softmax
 
+# What `test_every_kernel` asks for.
+COMPILES = (
+    activation._activation_kernel,
+    activation._activation_backward_kernel,
+    activation._gated_kernel,
+    activation._gated_backward_kernel,
+    embedding._segment_kernel,
+    embedding._join_kernel,
+    layer_norm._layer_norm_kernel,
+    layer_norm._layer_norm_backward_kernel,
+    norm._rms_norm_kernel,
+    norm._rms_norm_backward_kernel,
+    norm_rows._column_sum_kernel,
+    norm_wide._forward_kernel,
+    norm_wide._statistics_kernel,
+    norm_wide._columns_kernel,
+    rope._rotary_kernel,
+    rope._table_kernel,
+    softmax._softmax_kernel,
+    softmax._softmax_backward_kernel,
+)
 REGISTERS_OF_A_MULTIPROCESSOR, THREADS_OF_A_MULTIPROCESSOR, SHARED_OF_A_MULTIPROCESSOR = 65536, 2048, 228 * 1024
 POINTERS = {
     torch.float32: "*fp32",
@@ -108,7 +129,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[C
 
     monkeypatch.setattr(JITFunction, "run", run)
     # As many multiprocessors as an H200 has, for the grid's and the partial sums' sizes.
-    monkeypatch.setattr(norm, "processors", lambda device: 132)
+    for module in (layer_norm, norm, norm_wide):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
     yield found
     for kernel in found:
         print(f"\n{kernel} resident threads {kernel.resident_threads}", end="")
@@ -132,6 +154,20 @@ def _norm_forward(rows: int, width: int, residual: bool) -> Callable[[], Any]:
 def _norm_backward(rows: int, width: int, residual: bool, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
     x, weight = meta(rows, width, dtype=dtype), meta(width, dtype=dtype)
     return lambda: norm.rms_norm_backward(x, x if residual else None, x, weight, 1e-5, 0.0)
+
+
+def _layer_norm(rows: int, width: int, residual: bool) -> Callable[[], Any]:
+    x, weight = meta(rows, width), meta(width)
+    if residual:
+        return lambda: layer_norm.add_layer_norm(x, x, weight, weight, 1e-5)
+    return lambda: layer_norm.layer_norm(x, weight, weight, 1e-5)
+
+
+def _layer_norm_backward(
+    rows: int, width: int, residual: bool, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], Any]:
+    x, weight = meta(rows, width, dtype=dtype), meta(width, dtype=dtype)
+    return lambda: layer_norm.layer_norm_backward(x, x if residual else None, x, weight, 1e-5)
 
 
 def _gated(rows: int, width: int, kind: str) -> Callable[[], Any]:
@@ -165,6 +201,16 @@ def _embedding(tokens: int, vocabulary: int, width: int) -> Callable[[], Any]:
     return lambda: embedding.embedding_backward(grad, ids, vocabulary, 1.0)
 
 
+def _softmax(rows: int, keys: int, causal: bool, softcap: float = 0.0) -> Callable[[], Any]:
+    scores, sinks = meta(1, 1, rows, keys), meta(1) if softcap else None
+
+    def both() -> None:
+        softmax.attention_softmax(scores, causal, 0, softcap, sinks)
+        softmax.attention_softmax_backward(scores, scores, scores if softcap else None, softcap, bool(softcap))
+
+    return both
+
+
 # The launches, and the least threads that a multiprocessor must hold to keep enough bytes of memory in flight.
 LAUNCHES: dict[str, tuple[Callable[[], Any], int]] = {
     **{f"norm {d}": (_norm_forward(16384, d, False), 1024) for d in (768, 2048, 3072, 4096, 8192, 16384)},
@@ -175,6 +221,20 @@ LAUNCHES: dict[str, tuple[Callable[[], Any], int]] = {
         f"fp32 norm backward {d}": (_norm_backward(16384, d, True, torch.float32), 512)
         for d in (768, 4096, 8192, 16384)
     },
+    **{f"layer norm {d}": (_layer_norm(16384, d, False), 1024) for d in (768, 1024, 4096, 16384, 20480)},
+    **{f"add and layer norm {d}": (_layer_norm(16384, d, True), 1024) for d in (768, 1024, 4096, 16384)},
+    "add and layer norm 20480": (_layer_norm(16384, 20480, True), 768),
+    **{f"layer norm backward {d}": (_layer_norm_backward(32768, d, False), 512) for d in (768, 4096, 8192, 16384)},
+    **{f"add and layer norm backward {d}": (_layer_norm_backward(32768, d, True), 512) for d in (768, 4096, 8192)},
+    "fp32 layer norm backward 8192": (_layer_norm_backward(32768, 8192, True, torch.float32), 512),
+    "wide norm 32768": (_norm_forward(4096, 32768, False), 1024),
+    "wide add and norm 32768": (_norm_forward(4096, 32768, True), 1024),
+    "wide norm backwards 32768": (_norm_backward(4096, 32768, True), 512),
+    "wide layer norm backwards 32768": (_layer_norm_backward(4096, 32768, True), 512),
+    **{f"softmax {d}": (_softmax(16384, d, False), 1024) for d in (1024, 4096, 16384)},
+    "softmax causal": (_softmax(4096, 4096, True), 1024),
+    "softmax with softcap and sinks": (_softmax(4096, 4096, True, 20.0), 512),
+    "softmax of rows read twice": (_softmax(8192, 32768, False), 512),
     "norm of heads": (lambda: norm.rms_norm(qkv_slices(16384, 16, 8, 128)[0], meta(128), 1e-6), 1024),
     "norm of heads backward": (
         lambda: norm.rms_norm_backward(
@@ -205,5 +265,13 @@ def test_compiles_for_hopper(name: str, compiled: list[Compiled]):
         assert kernel.stack <= spills, f"{kernel} spills"
         assert kernel.resident_shared <= SHARED_OF_A_MULTIPROCESSOR, f"{kernel} wants more shared memory than there is"
         assert kernel.resident_threads >= threads, f"{kernel} leaves room for {kernel.resident_threads} threads"
-    main = compiled[0]
-    assert main.wide_loads > 0 and main.wide_stores > 0, f"{main} moves less than 16 bytes a thread"
+    assert compiled[0].wide_loads > 0, f"{compiled[0]} loads less than 16 bytes a thread"
+    assert any(kernel.wide_stores > 0 for kernel in compiled), f"{compiled} stores less than 16 bytes a thread"
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_the_rotary_table_compiles(tokens: int, compiled: list[Compiled]):
+    rope.rotary_table(meta(tokens, dtype=torch.int64), meta(64, dtype=torch.float32), 1.0)
+    (kernel,) = compiled
+    # A large angle is reduced in a loop with a table on the stack, not with spilled registers.
+    assert kernel.stack <= 64 and kernel.resident_threads >= 512 and kernel.wide_stores > 0

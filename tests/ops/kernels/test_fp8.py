@@ -19,6 +19,7 @@ from rooflight.ops.kernels import fp8
 
 from . import test_ahead_of_time as ahead
 
+COMPILES = (fp8._amax_kernel, fp8._quantize_kernel)
 FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 # Smaller and larger than a tile, and no multiple of one.
 SHAPES = pytest.mark.parametrize("shape", [(16, 16), (5, 7), (64, 128), (80, 272), (200, 130)], ids=str)

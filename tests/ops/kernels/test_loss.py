@@ -17,6 +17,7 @@ from rooflight.ops.loss import IGNORE
 from tests.ops.kernels.conftest import Interpreter
 from tests.ops.kernels.test_ahead_of_time import Compiled, compile_launch, meta
 
+COMPILES = (loss.row_loss_kernel,)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # In fp32 the product over 16,384 terms alone is off by 1.4e-5.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

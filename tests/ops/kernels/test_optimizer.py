@@ -17,6 +17,13 @@ from tests.ops import formulas
 from tests.ops.kernels.conftest import Interpreter
 from tests.ops.kernels.test_ahead_of_time import Compiled, compile_launch, meta
 
+COMPILES = (
+    optimizer.adamw_kernel,
+    clipping.squares_kernel,
+    clipping.root_of_sum_kernel,
+    clipping.clip_scale_kernel,
+    clipping.scale_kernel,
+)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # One element, odd sizes, an empty tensor, exactly a chunk, and one and a bit.
 SHAPES = [(1,), (3, 5), (0,), (optimizer.CHUNK,), (optimizer.CHUNK + 77,)]

@@ -19,6 +19,7 @@ from . import test_ahead_of_time as ahead
 from .oracle import TOLERANCE, assert_close, exact
 from .paged_oracle import FP8, numbers
 
+COMPILES = (qk_norm_rope._rotate_and_cache_kernel,)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-3
 
@@ -156,6 +157,7 @@ def test_compiles_for_hopper(model, tokens, monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setitem(ahead.POINTERS, FP8, "*fp8e4nv")
     monkeypatch.setattr(qk_norm_rope, "processors", lambda device: 132)
+    monkeypatch.setattr(qk_norm_rope, "early_launch", lambda rows: rows <= 64)
     table = ahead.meta(tokens, channels, dtype=FP32)
     cache = ahead.meta(100, 16, key_heads, head_dim, dtype=cache_dtype)
     weight = ahead.meta(head_dim, dtype=dtype) if norm else None

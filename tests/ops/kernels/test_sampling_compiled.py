@@ -17,10 +17,17 @@ import triton.knobs
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import sampling, sampling_ranked
+from rooflight.ops.kernels import sampling, sampling_ranked, sampling_search
 
 from . import test_ahead_of_time as ahead
 
+COMPILES = (
+    sampling._peak_kernel,
+    sampling._draw_kernel,
+    sampling_ranked._survey_kernel,
+    sampling_ranked._gather_kernel,
+    sampling_search.choose_kernel,
+)
 VOCABULARY = 151_936
 # Threads that a multiprocessor must hold: reading kernels by their bytes in flight; a search is one program a row.
 THREADS = {

@@ -22,6 +22,7 @@ from rooflight.ops.kernels.skinny_plan import CLASSES, Plan, plan_for, takes
 from . import test_ahead_of_time as ahead
 from .test_paged_compiled import SHARED_OF_A_PROGRAM, programs_of_a_multiprocessor
 
+COMPILES = (skinny_linear._linear_kernel,)
 # As much as memory of 4.8 TB/s and a latency of 0.7 µs wants of each of 132 multiprocessors.
 LEAST_BYTES_ON_THEIR_WAY = 25_000
 SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (4096, 1024), (1024, 2048), (1024, 3072)]
