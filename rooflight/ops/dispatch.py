@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import Access, Cost, Count, Movement, Primitive, elementwise_cost, tensor_bytes
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
+
+_KERNELS = "rooflight.ops.kernels.dispatch"
+_MOST_EXPERTS, _MOST_CHOSEN = 1024, 16
 
 
 def _moved(
@@ -30,6 +33,15 @@ def _moved(
         movement=movement,
     )
     return replace(cost, traffic=cost.total_bytes + again)
+
+
+def _takes(rows_RD: Tensor, top_k: int, *others: Tensor) -> bool:
+    known = all(tensor.dtype in KERNEL_DTYPES for tensor in (rows_RD, *others))
+    return known and rows_RD.dim() == 2 and rows_RD.numel() > 0 and 1 <= top_k <= _MOST_CHOSEN
+
+
+def _permute_takes(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> bool:
+    return _takes(x_TD, experts_TK.shape[1]) and 1 <= num_experts <= _MOST_EXPERTS
 
 
 def _permute(x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +86,14 @@ def _permute_backward_cost(out_TD: Tensor, grad_RD: Tensor, source_R: Tensor, to
     return _moved(grad_RD.numel(), grad_RD, (grad_RD, source_R), (out_TD,), (Movement.GATHER, Movement.REDUCTION))
 
 
-permute_backward = Op("permute_backward", _permute_backward, cost=_permute_backward_cost, shape=_permute_backward_shape)
+permute_backward = Op(
+    "permute_backward",
+    _permute_backward,
+    cost=_permute_backward_cost,
+    shape=_permute_backward_shape,
+    kernel=lazy(_KERNELS, "permute_backward"),
+    kernel_takes=lambda grad_RD, source_R, top_k: _takes(grad_RD, top_k),
+)
 
 
 def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,6 +111,8 @@ permute = Op(
     _permute,
     cost=_permute_cost,
     shape=_permute_shape,
+    kernel=lazy(_KERNELS, "permute"),
+    kernel_takes=_permute_takes,
     backward=_permute_op_backward,
     setup=_permute_setup,
 )
@@ -136,7 +157,12 @@ def _unpermute_backward_cost(
 
 
 unpermute_backward = Op(
-    "unpermute_backward", _unpermute_backward, cost=_unpermute_backward_cost, shape=_unpermute_backward_shape
+    "unpermute_backward",
+    _unpermute_backward,
+    cost=_unpermute_backward_cost,
+    shape=_unpermute_backward_shape,
+    kernel=lazy(_KERNELS, "unpermute_backward"),
+    kernel_takes=lambda grad_TD, y_RD, weights_TK, source_R: _takes(y_RD, weights_TK.shape[1], grad_TD, weights_TK),
 )
 
 
@@ -149,6 +175,8 @@ unpermute = Op(
     _unpermute,
     cost=_unpermute_cost,
     shape=_unpermute_shape,
+    kernel=lazy(_KERNELS, "unpermute"),
+    kernel_takes=lambda y_RD, weights_TK, source_R: _takes(y_RD, weights_TK.shape[1], weights_TK),
     backward=_unpermute_op_backward,
     setup=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )

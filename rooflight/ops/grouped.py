@@ -24,8 +24,12 @@ from rooflight.ops.cost import (
     precision_of,
     tensor_bytes,
 )
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy, same_kernel_dtype
 
+_KERNELS = "rooflight.ops.kernels.grouped"
+_MOST_EXPERTS = 1024  # whose counts one program looks through
+_is_few = lazy("rooflight.ops.kernels.grouped_plan", "is_few")
+_our_linear, _our_input_grad, _add_bias = (lazy(_KERNELS, name) for name in ("linear", "input_grad", "add_bias"))
 _ROUNDING = 1e-6  # a mean of whole experts must not lose one to floating point
 
 
@@ -67,7 +71,13 @@ def _offsets(counts_X: Tensor) -> Tensor:
     return counts_X.cumsum(0).to(torch.int32)
 
 
-def _kernel_takes(x: Tensor, *widths: int) -> bool:
+def _takes(x: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None = None) -> bool:
+    """Types that our kernels load, rows and inputs at all, and so many experts that one program looks through them."""
+    known = same_kernel_dtype(x, weight_XNK, bias_XN) and weight_XNK.shape[0] <= _MOST_EXPERTS
+    return known and x.numel() > 0 and weight_XNK.numel() > 0 and (bias_XN is None or bias_XN.is_contiguous())
+
+
+def _torchs_takes(x: Tensor, *widths: int) -> bool:
     """_grouped_mm wants bf16 and rows of whole 16 bytes; from Hopper on it is one kernel."""
     return (
         hasattr(torch.ops.aten, "_grouped_mm")
@@ -89,12 +99,15 @@ def _linear(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: 
     return out_RN
 
 
+def _torchs_linear(x_RK: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+    return torch.ops.aten._grouped_mm(x_RK.contiguous(), weight_XNK.transpose(-2, -1), offs=_offsets(counts_X))
+
+
 def _linear_kernel(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Tensor:
-    out_RN = torch.ops.aten._grouped_mm(x_RK.contiguous(), weight_XNK.transpose(-2, -1), offs=_offsets(counts_X))
-    if bias_XN is None:
-        return out_RN
-    # The output size is given so that the GPU need not be waited for.
-    return out_RN + bias_XN.repeat_interleave(counts_X, dim=0, output_size=x_RK.shape[0])
+    if _is_few(x_RK.shape[0], weight_XNK.shape[0]) or not _torchs_takes(x_RK, *weight_XNK.shape[1:]):
+        return _our_linear(x_RK, weight_XNK, bias_XN, counts_X)
+    out_RN = _torchs_linear(x_RK, weight_XNK, counts_X)
+    return out_RN if bias_XN is None else _add_bias(out_RN, bias_XN, counts_X)
 
 
 def _linear_shape(x_RK: Tensor, weight_XNK: Tensor, bias_XN: Tensor | None, counts_X: Tensor) -> Tensor:
@@ -124,8 +137,14 @@ def _input_grad(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor
     return out_RK
 
 
-def _input_grad_kernel(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+def _torchs_input_grad(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
     return torch.ops.aten._grouped_mm(grad_RN.contiguous(), weight_XNK, offs=_offsets(counts_X))
+
+
+def _input_grad_kernel(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
+    if _torchs_takes(grad_RN, *weight_XNK.shape[1:]):
+        return _torchs_input_grad(grad_RN, weight_XNK, counts_X)
+    return _our_input_grad(grad_RN, weight_XNK, counts_X)
 
 
 def _input_grad_shape(grad_RN: Tensor, weight_XNK: Tensor, counts_X: Tensor) -> Tensor:
@@ -197,7 +216,7 @@ grouped_input_grad = Op(
     cost=_input_grad_cost,
     shape=_input_grad_shape,
     kernel=_input_grad_kernel,
-    kernel_takes=lambda grad_RN, weight_XNK, counts_X: _kernel_takes(grad_RN, *weight_XNK.shape[1:]),
+    kernel_takes=lambda grad_RN, weight_XNK, counts_X: _takes(grad_RN, weight_XNK),
 )
 grouped_weight_grad = Op(
     "grouped_weight_grad",
@@ -205,9 +224,18 @@ grouped_weight_grad = Op(
     cost=_weight_grad_cost,
     shape=_weight_grad_shape,
     kernel=_weight_grad_kernel,
-    kernel_takes=lambda grad_RN, x_RK, counts_X: _kernel_takes(x_RK, grad_RN.shape[1], x_RK.shape[1]),
+    kernel_takes=lambda grad_RN, x_RK, counts_X: _torchs_takes(x_RK, grad_RN.shape[1], x_RK.shape[1]),
 )
-grouped_bias_grad = Op("grouped_bias_grad", _bias_grad, cost=_bias_grad_cost, shape=_bias_grad_shape)
+grouped_bias_grad = Op(
+    "grouped_bias_grad",
+    _bias_grad,
+    cost=_bias_grad_cost,
+    shape=_bias_grad_shape,
+    kernel=lazy(_KERNELS, "bias_grad"),
+    kernel_takes=lambda grad_RN, counts_X: (
+        grad_RN.dtype in KERNEL_DTYPES and grad_RN.numel() > 0 and counts_X.shape[0] <= _MOST_EXPERTS
+    ),
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -235,7 +263,7 @@ grouped_linear = Op(
     cost=_linear_cost,
     shape=_linear_shape,
     kernel=_linear_kernel,
-    kernel_takes=lambda x_RK, weight_XNK, bias_XN, counts_X: _kernel_takes(x_RK, *weight_XNK.shape[1:]),
+    kernel_takes=lambda x_RK, weight_XNK, bias_XN, counts_X: _takes(x_RK, weight_XNK, bias_XN),
     backward=_backward,
     setup=_setup,
 )

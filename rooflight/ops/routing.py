@@ -14,10 +14,12 @@ from torch import Tensor
 
 from rooflight.errors import InvalidValue
 from rooflight.ops.cost import Cost, Count, Movement, Primitive, elementwise_cost
-from rooflight.ops.op import Op
+from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
 
 SCORINGS = ("softmax", "sigmoid", "softmax_topk")
 GROUP_SCORES = ("max", "top2")
+_KERNELS = "rooflight.ops.kernels.routing"
+_MOST_EXPERTS, _MOST_CHOSEN = 512, 16  # of a token's scores that one warp sorts in registers
 _TINY = 1e-20  # DeepSeek-V3's guard: sigmoids may all vanish
 
 
@@ -71,6 +73,31 @@ def _route(
     elif normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + (_TINY if scoring == "sigmoid" else 0.0))
     return (weights_TK if scale == 1.0 else weights_TK * scale), experts_TK
+
+
+def _kernel_takes(logits_TX: Tensor, top_k: int, scoring: str) -> bool:
+    experts = logits_TX.shape[1]
+    sizes = logits_TX.numel() > 0 and experts <= _MOST_EXPERTS and 1 <= top_k <= min(experts, _MOST_CHOSEN)
+    return sizes and logits_TX.dtype in KERNEL_DTYPES and scoring in SCORINGS
+
+
+def _route_takes(
+    logits_TX: Tensor,
+    bias_X: Tensor | None,
+    top_k: int,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+) -> bool:
+    """What the reference refuses is left to it."""
+    experts = logits_TX.shape[1]
+    grouped = groups == 1 or (
+        experts % groups == 0 and experts // groups >= 2 and top_groups <= groups and group_score in GROUP_SCORES
+    )
+    return grouped and (bias_X is None or bias_X.is_contiguous()) and _kernel_takes(logits_TX, top_k, scoring)
 
 
 def _route_shape(
@@ -189,7 +216,16 @@ def _route_backward_cost(
     return _routing_cost(flops, logits_TX, (grad_TK, logits_TX, experts_TK), (out_TX,))
 
 
-route_backward = Op("route_backward", _route_backward, cost=_route_backward_cost, shape=_route_backward_shape)
+route_backward = Op(
+    "route_backward",
+    _route_backward,
+    cost=_route_backward_cost,
+    shape=_route_backward_shape,
+    kernel=lazy(_KERNELS, "route_backward"),
+    kernel_takes=lambda grad_TK, logits_TX, experts_TK, scoring, *_: _kernel_takes(
+        logits_TX, experts_TK.shape[1], scoring
+    ),
+)
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -203,4 +239,13 @@ def _route_op_backward(ctx: Any, grad_TK: Tensor, _: Any) -> tuple[Any, ...]:
     return grad_TX, None, None, None, None, None, None, None, None
 
 
-route = Op("route", _route, cost=_route_cost, shape=_route_shape, backward=_route_op_backward, setup=_route_setup)
+route = Op(
+    "route",
+    _route,
+    cost=_route_cost,
+    shape=_route_shape,
+    kernel=lazy(_KERNELS, "route"),
+    kernel_takes=_route_takes,
+    backward=_route_op_backward,
+    setup=_route_setup,
+)
