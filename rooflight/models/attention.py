@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rooflight.errors import InvalidValue
 from rooflight.models.config import LayerKind, ModelConfig
-from rooflight.models.layers import Linear, RMSNorm
+from rooflight.models.layers import Linear, RMSNorm, wants_gradient
 from rooflight.models.layout import Layout, Paged
 from rooflight.ops.attention import (
     attention,
@@ -114,12 +114,13 @@ class Attention(nn.Module):
         self.core = Core(config, kind, index, config.scale)
         self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias, component="output projection")
 
-    def forward(self, x_TD: Tensor, tables: Tables, layout: Layout) -> Tensor:
-        qkv_TW = self.qkv(x_TD)
-        derived = torch.is_grad_enabled() and qkv_TW.requires_grad
-        if layout.paged is not None and not layout.whole and self.rope is not None and not derived:
-            q_THE = self._rotate_and_cache(qkv_TW, *tables[self.rope], layout.paged)
-            return self.out(self.core.cached(q_THE, layout, self.head_dim).flatten(1))
+    def forward(self, x_TD: Tensor, tables: Tables, layout: Layout, norm: RMSNorm | None = None) -> Tensor:
+        """The block's output; with a norm x is the residual stream, which is normalised first and added to in place."""
+        qkv_TW = self.qkv(x_TD, norm=norm)
+        into_TD = None if norm is None else x_TD
+        if layout.cached is not None and self.rope is not None and not wants_gradient(qkv_TW):
+            q_THE = self._rotate_and_cache(qkv_TW, *tables[self.rope], layout.cached)
+            return self.out(self.core.cached(q_THE, layout, self.head_dim).flatten(1), into=into_TD)
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = qkv_TW.split([q_size, kv_size, kv_size], dim=-1)
         q_THE = q.unflatten(-1, (self.heads, self.head_dim))
@@ -134,7 +135,7 @@ class Attention(nn.Module):
             out_THE = self.core.whole(q_THE, k_TKE, v_TKE, layout)
         else:
             out_THE = self.core.cached(q_THE, layout, self.head_dim)
-        return self.out(out_THE.flatten(1))
+        return self.out(out_THE.flatten(1), into=into_TD)
 
     def _rotate_and_cache(self, qkv_TW: Tensor, cos_TC: Tensor, sin_TC: Tensor, paged: Paged) -> Tensor:
         """In one launch what `forward` does in up to four: head norms, rotation, cache write. The queries."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
-from rooflight.models.layers import Linear
+from rooflight.models.layers import Linear, RMSNorm
 from rooflight.ops.activation import activation, gated_activation
 from rooflight.ops.dispatch import permute, unpermute
 from rooflight.ops.grouped import grouped_linear
@@ -31,7 +31,12 @@ class MLP(nn.Module):
         self.up = Linear(config.width, stacked, config.mlp_bias, component=self.component)
         self.down = Linear(width, config.width, config.mlp_bias, component=self.component)
 
-    def forward(self, x_TD: Tensor, needed: bool = True) -> Tensor:
+    def forward(self, x_TD: Tensor, needed: bool = True, norm: RMSNorm | None = None) -> Tensor:
+        """The block's output; with a norm x is the residual stream, which is normalised first and added to in place."""
+        if norm is not None:
+            gate = self.activation if self.gated else None
+            h_TF = self.up(x_TD, norm=norm, gate=gate, ahead=self.down.weight)
+            return self.down(h_TF if self.gated else activation(h_TF, self.activation), into=x_TD)
         up = self.up(x_TD)
         h_TF = gated_activation(up, self.activation) if self.gated else activation(up, self.activation)
         return self.down(h_TF, needed)

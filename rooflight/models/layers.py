@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from rooflight.models.config import ModelConfig
 from rooflight.models.recompute import saved_for_linear
 from rooflight.ops.fp8_linear import fits_fp8, fp8_linear
+from rooflight.ops.fused_linear import add_linear, norm_linear
 from rooflight.ops.layer_norm import add_layer_norm, layer_norm
 from rooflight.ops.linear import linear
 from rooflight.ops.norm import add_rms_norm, rms_norm
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative of what is made of these may be asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class Linear(nn.Module):
@@ -29,8 +35,26 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x_TD: Tensor, needed: bool = True) -> Tensor:
-        """needed: whether anybody reads the result; else only what its backward wants is saved."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        needed: bool = True,
+        norm: RMSNorm | None = None,
+        gate: str | None = None,
+        ahead: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The product; all but `needed` are for inference.
+
+        needed: whether anybody reads the result; else only what its backward wants is saved.
+        norm: applied to x first, and then `gate` to the product's stacked halves; ahead: the weight that comes next.
+        into: the product is added to it.
+        """
+        if norm is not None:
+            return norm_linear(x_TD, norm.weight, self.weight, self.bias, norm.eps, norm.offset, gate, ahead)
+        if into is not None:
+            add_linear(into, x_TD, self.weight, self.bias)
+            return into
         if self.fp8 and fits_fp8(x_TD, self.weight):
             return fp8_linear(x_TD, self.weight, self.bias)
         if not needed:

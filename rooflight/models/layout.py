@@ -88,6 +88,11 @@ class Layout:
         """Whether the tokens are whole sequences, which attend to themselves and not to the cache."""
         return self.dense is not None or self.documents is not None
 
+    @property
+    def cached(self) -> Paged | None:
+        """Where the cache is that the tokens attend to, as a serving step's do."""
+        return None if self.whole else self.paged
+
     @staticmethod
     def of_documents(lengths: Sequence[int], device: Any = None, max_length: int = 0) -> tuple[Layout, Batch]:
         """Documents of these lengths packed one after the other, and the `Batch` that prices them.

@@ -15,7 +15,7 @@ from rooflight.models.attention import Attention, Tables
 from rooflight.models.config import LayerKind, ModelConfig
 from rooflight.models.feed_forward import MLP, MoEBlock
 from rooflight.models.latent import LatentAttention
-from rooflight.models.layers import ResidualNorm, make_norm
+from rooflight.models.layers import ResidualNorm, make_norm, wants_gradient
 from rooflight.models.layout import Layout
 from rooflight.models.recompute import Recompute, contexts_of, recomputing
 from rooflight.models.rope import frequencies
@@ -74,11 +74,21 @@ class Layer(nn.Module):
         self.ffn_norm = ResidualNorm(config)
         self.ffn = MoEBlock(config) if kind.sparse else MLP(config, config.ffn_width)
         self.ffn_post_norm = make_norm(config.width, config) if config.post_norms else None
+        # What a serving step can run as products that carry the norm before them and the sum after them along.
+        self._streams = isinstance(self.attention, Attention) and config.norm == "rms" and not config.post_norms
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout, closed: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The block's output and the residual sum beside it; `closed` adds the two up and leaves no residual."""
+        """The block's output and the residual sum beside it; `closed` adds the two up and leaves no residual.
+
+        A serving step has no residual beside the blocks' output: each block adds to the stream in place.
+        """
+        if self._streams and residual_TD is None and layout.cached is not None and not self._learns(x_TD):
+            self.attention(x_TD, tables, layout, self.attention_norm.norm)
+            if isinstance(self.ffn, MLP):
+                return self.ffn(x_TD, norm=self.ffn_norm.norm), None
+            return x_TD.add_(self.ffn(self.ffn_norm(x_TD, None)[0])), None
         h_TD, stream_TD = self.attention_norm(x_TD, residual_TD)
         h_TD = self.attention(h_TD, tables, layout)
         if self.attention_post_norm is not None:
@@ -89,6 +99,11 @@ class Layer(nn.Module):
         if self.ffn_post_norm is not None:
             h_TD = self.ffn_post_norm(h_TD)
         return (h_TD + stream_TD, None) if closed else (h_TD, stream_TD)
+
+    def _learns(self, x_TD: Tensor) -> bool:
+        """Whether gradients may be asked for, or products are in fp8, as in training only."""
+        qkv = self.attention.qkv
+        return qkv.fp8 or wants_gradient(x_TD, qkv.weight)
 
 
 class Transformer(nn.Module):

@@ -145,14 +145,15 @@ def _gated_shape(gate_up_T2F: Tensor, kind: str) -> Tensor:
     return gate_up_T2F.new_empty((*gate_up_T2F.shape[:-1], gate_up_T2F.shape[-1] // 2))
 
 
-def _gated_forward_flops(kind: str) -> int:
+def gated_flops(kind: str) -> int:
+    """FLOPs of an output of the gated activation."""
     # clamped: three clamps, add, scale, sigmoid (4), two products.
     return 11 if kind == "clamped_swiglu" else _FORWARD_FLOPS[kind] + 1
 
 
 def _gated_cost(out_TF: Tensor, gate_up_T2F: Tensor, kind: str) -> Cost:
     return elementwise_cost(
-        _gated_forward_flops(kind) * out_TF.numel(),
+        gated_flops(kind) * out_TF.numel(),
         (gate_up_T2F,),
         (out_TF,),
         size=rows_and_columns(out_TF),

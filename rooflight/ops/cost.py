@@ -88,7 +88,10 @@ def tensor_bytes(tensors: Tensor | Iterable[Tensor | None] | None) -> Count:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One piece of a fused operation that a report shows in its own row: the scores inside flash attention."""
+    """One piece of a fused operation that a report shows in its own row: the scores inside flash attention.
+
+    component: empty for the component of the module that the operation runs in.
+    """
 
     component: str
     flops: Mapping[str, Count]

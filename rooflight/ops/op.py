@@ -46,7 +46,7 @@ class Op:
         setup: Callable[..., None] | None = None,
         mutates: tuple[str, ...] = (),
     ):
-        self.name, self.reference, self.cost = name, reference, cost
+        self.name, self.reference, self.cost, self.mutates = name, reference, cost, mutates
         self.kernel, self.kernel_takes = kernel, kernel_takes
         # infer_schema wants types, not the strings that `from __future__ import annotations` leaves behind.
         hints = typing.get_type_hints(reference)
@@ -102,6 +102,13 @@ class Op:
         bound.apply_defaults()
         cost = self.cost(output, *bound.arguments.values())
         return cost if cost.curve else cost.named(self.name)
+
+    def mutated(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The arguments of a call that it writes in place."""
+        if not self.mutates:
+            return []
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        return [arguments[name] for name in self.mutates if name in arguments]
 
     def __repr__(self) -> str:
         return f"Op({self.name})"

@@ -35,7 +35,19 @@ def _rotary_table_cost(out: tuple[Tensor, Tensor], positions_T: Tensor, frequenc
     )
 
 
-rotary_table = Op("rotary_table", _rotary_table, cost=_rotary_table_cost)
+def _rotary_table_takes(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> bool:
+    integers = positions_T.dtype in (torch.int32, torch.int64) and positions_T.is_contiguous()
+    table = frequencies_C.dtype == torch.float32 and frequencies_C.is_contiguous()
+    return integers and table and positions_T.dim() == 1 and positions_T.numel() * frequencies_C.numel() > 0
+
+
+rotary_table = Op(
+    "rotary_table",
+    _rotary_table,
+    cost=_rotary_table_cost,
+    kernel=lazy("rooflight.ops.kernels.rope", "rotary_table"),
+    kernel_takes=_rotary_table_takes,
+)
 
 
 def _turn(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor, interleaved: bool) -> Tensor:

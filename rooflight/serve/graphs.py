@@ -60,6 +60,7 @@ class Graphs:
         self._model, self._inputs = model, inputs
         self._batches, self._tokens = sorted(batches), sorted(tokens)
         self._rows = inputs.spare_slot
+        self._starts_B1 = torch.arange(self._batches[-1] + 1, dtype=torch.int32, device=inputs.device)
         self._pool: Any = None
         # The largest first: the smaller ones then fit into its memory.
         self._mixed = {size: self._capture(self._run_tokens, size) for size in reversed(self._tokens)}
@@ -111,13 +112,12 @@ class Graphs:
 
     def _run_batch(self, rows: int) -> tuple[Tensor, ...]:
         inputs = self._inputs
-        slots_B, positions_B, tokens_B, places_B, words = inputs.sent([rows] * 4 + [4 * rows])
+        slots_B, positions_B, tokens_B, places_B, contexts_B, words = inputs.decode_inputs(rows, 4 * rows)
         temperature_B, uniform_B = words.view(torch.float64).split(rows)
-        slots_B = slots_B.long()
-        tokens_B = torch.where(tokens_B < 0, inputs.last_S[slots_B], tokens_B.long())
-        starts_B1 = torch.arange(rows + 1, dtype=torch.int32, device=inputs.device)
-        paged = Paged(inputs.cache, inputs.table_SM[slots_B], positions_B + 1, starts_B1, places_B.long(), 1)
-        logits_BV = self._model(tokens_B, positions_B.clamp(min=0), Layout(None, paged))
+        tokens_B = torch.where(tokens_B < 0, inputs.last_S[slots_B], tokens_B)
+        starts_B1 = self._starts_B1[: rows + 1]
+        paged = Paged(inputs.cache, inputs.table_SM[slots_B], contexts_B, starts_B1, places_B, 1)
+        logits_BV = self._model(tokens_B, positions_B, Layout(None, paged))
         drawn_B = sample_plain(logits_BV, temperature_B, uniform_B)
         inputs.last_S.index_copy_(0, slots_B, drawn_B)
         return logits_BV, drawn_B

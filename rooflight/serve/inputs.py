@@ -51,7 +51,7 @@ class Inputs:
         self.last_S = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._tenants: list[tuple[str, int, int]] = [("", 0, 0)] * (slots + 1)
         # A token: id, position, cache slot, owner. A part: slot, context, start, last. A table change: place, block.
-        size = 4 * max_tokens + 8 * (slots + 8) + 2 * (slots + 1) * width + _ALIGNMENT * 16
+        size = 4 * max_tokens + 16 * (slots + 8) + 2 * (slots + 1) * width + _ALIGNMENT * 16
         self._sent = torch.zeros(size, dtype=torch.int32, device=device)
         self._ring = [torch.zeros(size, dtype=torch.int32, pin_memory=self.cuda) for _ in range(_RING)]
         self._written = [torch.cuda.Event() for _ in range(_RING)] if self.cuda else []
@@ -107,17 +107,24 @@ class Inputs:
             self.table_SM.view(-1)[places.long()] = blocks
 
     def decode_arrays(self, parts: tuple[Part, ...], rows: int) -> list[NDArray[np.int32]]:
-        """Slot, position, token and cache slot of steps of one token a part, padded to `rows`; a padding row's position
-        is −1."""
+        """What `decode_inputs` gives of steps of one token a part, padded to `rows`; a padding row has no context."""
         count = len(parts)
-        out = np.full((4, rows), -1, dtype=np.int32)
+        # As wide as the model wants them, so that the device converts nothing.
+        out = np.zeros((4, rows), dtype=np.int64)
         out[0], out[3] = self.spare_slot, self.spare_block * self.block_size
         out[0, :count] = [part.request.slot for part in parts]
         out[1, :count] = [part.start for part in parts]
         out[2, :count] = [UNKNOWN if part.placeholder else part.request.tokens[part.start] for part in parts]
         slots, positions = out[0, :count], out[1, :count]
         out[3, :count] = self._cache_slots(slots, positions)
-        return list(out)
+        contexts = np.zeros(rows, dtype=np.int32)
+        contexts[:count] = positions + 1
+        return [*(row.view(np.int32) for row in out), contexts]
+
+    def decode_inputs(self, rows: int, words: int) -> list[Tensor]:
+        """Slot, position, token, cache slot (int64) and context of each row, and the words sent after them."""
+        *wide, contexts_B, more = self.sent([2 * rows] * 4 + [rows, words])
+        return [*(x.view(torch.int64) for x in wide), contexts_B, more]
 
     def feed(self, step: Step) -> Fed:
         """Inputs of a step of any parts, no larger than it is."""

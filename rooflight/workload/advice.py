@@ -6,6 +6,7 @@ Nothing here is a rule of thumb: every gain is the difference between two predic
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -96,14 +97,16 @@ def _inference(case: Case) -> Iterator[Advice]:
 
 
 def _is_weight_product(record: Record) -> bool:
-    return record.name in ("linear", "grouped_linear", "head_linear")
+    return record.name in ("linear", "norm_linear", "add_linear", "grouped_linear", "head_linear")
 
 
 def _weight_bytes(record: Record) -> float:
-    """Bytes of weights that a linear reads: what it reads beyond its activations."""
+    """Bytes of weights that a linear reads: of one matrix, or what it reads beyond its activations."""
     cost = record.cost
-    m, _, k = (float(n) for n in cost.size[:3])
+    m, n, k = (float(n) for n in cost.size[:3])
     itemsize = next((_BYTES[name] for name in cost.flops if name in _BYTES and name == cost.precision), 2)
+    if record.name != "head_linear" and len(cost.size) == 3:
+        return n * k * itemsize
     return max(float(cost.bytes_read) - m * k * itemsize, 0.0)
 
 
@@ -219,14 +222,17 @@ def _chains(records: list[Record]) -> Iterator[list[int]]:
 def _shared_inputs(timed: Timed, machine: Machine) -> Iterator[Advice]:
     """Linears that read one and the same input, q, k and v projections for example, as one product."""
     records, counts = timed.walk.trace.records, timed.walk.counts()
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    written: Counter[int] = Counter()  # times that a storage was: products before and after share no input
     for index, record in enumerate(records):
         cost = record.cost
         is_product = cost.primitive == Primitive.MATMUL and len(cost.size) == 3 and record.phase == "forward"
         for storage in record.inputs if is_product else ():
-            # Only what the run made: a weight that several products share is tied, not a common input.
-            if storage not in timed.walk.trace.kinds:
-                groups.setdefault((storage, int(cost.size[2])), []).append(index)
+            # Only what the run made: a weight that several products share is tied, not a common input. What a product
+            # is added to is not multiplied.
+            if storage not in timed.walk.trace.kinds and storage not in record.outputs:
+                groups.setdefault((storage, written[storage], int(cost.size[2])), []).append(index)
+        written.update(record.outputs)
     saved, found = 0.0, 0
     for members in groups.values():
         if len(members) < 2:

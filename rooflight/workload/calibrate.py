@@ -29,7 +29,18 @@ from rooflight.workload.roofline import BETWEEN_INFERENCE, BETWEEN_TRAINING
 from rooflight.workload.training import Recipe
 
 # Operations whose weights or cache a real step reads from memory, not from the cache that a repeat would leave them in.
-_COLD = frozenset({"linear", "head_linear", "grouped_linear", "linear_input_grad", "paged_attention", "gather_kv"})
+_COLD = frozenset(
+    {
+        "linear",
+        "norm_linear",
+        "add_linear",
+        "head_linear",
+        "grouped_linear",
+        "linear_input_grad",
+        "paged_attention",
+        "gather_kv",
+    }
+)
 _CPU_RUNS = 5
 _TINY_RUNS = 20
 _SOURCE_RUN_SECONDS = 6.0  # a single wet run longer than this would eat the budget

@@ -97,7 +97,7 @@ def terms(config: ModelConfig, setting: programs.Setting) -> list[Term]:
     for record in walk.trace.records:
         layer = walks.layer_of(record.path)
         repeat = repeats[layer] if layer is not None else 1
-        pieces = [(part.component, part.flops) for part in record.cost.parts] or [
+        pieces = [(part.component or component_of(record), part.flops) for part in record.cost.parts] or [
             (component_of(record), record.cost.flops)
         ]
         for component, flops in pieces:

@@ -237,6 +237,8 @@ class Recorder(TorchDispatchMode):
         if cost.group_size > 1:
             phase = COMMUNICATION
         shapes = tuple(tuple(tensor.shape) for tensor in given)
+        if op is not None:
+            made += tensors_in(op.mutated(*args, **kwargs))
         inputs, outputs = (tuple(self._ids[self._key(t)] for t in tensors) for tensors in (given, made))
         changes, self._pending = self._pending, []
         record = Record(name, path, component, phase, cost, shapes, changes, inputs, outputs, seconds)

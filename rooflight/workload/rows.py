@@ -151,7 +151,7 @@ def pieces(timed: Timed, machine: Machine, measured: list[float] | None, *, by_l
             found.append(
                 Piece(
                     record,
-                    part.component,
+                    part.component or component_of(record),
                     flops={name: n * count for name, n in part.flops.items()},
                     bytes_read=part.bytes_read * count,
                     bytes_written=part.bytes_written * count,

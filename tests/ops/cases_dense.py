@@ -5,7 +5,10 @@ Every size of a row differs from its other sizes where it means something else, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import formulas as f
 from . import scalar_dense as sd
@@ -16,10 +19,42 @@ T, N, K, D = 5, 7, 6, 8  # rows and widths of the dense rows
 EPS = 1e-5
 
 
+def _norm_linear(
+    x: Tensor, norm: Tensor, weight: Tensor, bias: Any, eps: float, offset: float, gate: Any, *_: Any
+) -> Tensor:
+    out = f.linear(f.rms_norm(x, norm, eps, offset), weight, bias)
+    return out if gate is None else f.gated_activation(out, gate)
+
+
+def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    residual += f.linear(x, weight, bias)
+
+
 def cases() -> list[Case]:
     rows = [
         Case("linear", lambda r: (r(T, K), r(N, K), r(N)), f.linear, sd.linear, (0, 1, 2), label="bias"),
         Case("linear", lambda r: (r(T, K), r(N, K), None), f.linear, sd.linear, (0, 1)),
+        *(
+            Case(
+                "norm_linear",
+                lambda r, o=(offset, gate), b=bias: (r(T, K), r(K), r(2 * N, K), r(2 * N) if b else None, 0.01, *o, None),
+                _norm_linear,
+                sd.norm_linear,
+                label=f"{gate or 'plain'}{'-offset' * bool(offset)}{'-bias' * bias}",
+            )
+            for offset, gate, bias in ((0.0, None, True), (1.0, "silu", False), (0.0, "gelu_tanh", True))
+        ),
+        *(
+            Case(
+                "add_linear",
+                lambda r, b=bias: (r(T, N), r(T, K), r(N, K), r(N) if b else None),
+                _add_linear,
+                sd.add_linear,
+                mutates=(0,),
+                label="bias" * bias,
+            )
+            for bias in (True, False)
+        ),
         Case("linear_input_grad", lambda r: (r(T, N), r(N, K)), lambda g, w: g @ w, sd.linear_input_grad),
         Case("linear_weight_grad", lambda r: (r(T, N), r(T, K)), lambda g, x: g.T @ x, sd.linear_weight_grad),
         Case("bias_grad", lambda r: (r(T, N),), lambda g: g.sum(0), sd.bias_grad),

@@ -190,6 +190,19 @@ def gated_activation(gate_up: Matrix, kind: str) -> Any:
     return out
 
 
+def norm_linear(
+    x: Matrix, norm: Vector, weight: Matrix, bias: Vector | None, eps: float, offset: float, gate: str | None, *_: Any
+) -> Any:
+    out = linear(rms_norm(x, norm, eps, offset), weight, bias)
+    return out if gate is None else gated_activation(out, gate)
+
+
+def add_linear(residual: Any, x: Matrix, weight: Matrix, bias: Vector | None) -> None:
+    for i, row in enumerate(linear(x, weight, bias)):
+        for j, value in enumerate(row):
+            residual[i][j] = residual[i][j] + value
+
+
 def gated_activation_backward(grad: Matrix, gate_up: Matrix, kind: str) -> Any:
     out = []
     for g_row, row in zip(grad, gate_up, strict=True):

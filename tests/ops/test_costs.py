@@ -95,6 +95,7 @@ BY_HAND = {
         _nbytes(out) + sum(args[0].shape[0] * _nbytes(cache[0, 0]) for cache in args[3:5]),
     ),
     "write_kv": lambda args, out: (_nbytes(*args[:2], args[4]), _nbytes(*args[:2])),
+    "add_linear": lambda args, out: (_nbytes(*args), _nbytes(args[0])),
     "paged_attention": _paged_bytes,
     "adamw": _adamw_bytes,
     "linear_cross_entropy_backward": lambda args, out: (_nbytes(*args), _nbytes(*args[1:])),

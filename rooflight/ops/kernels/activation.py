@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rooflight.ops.kernels import ceil_div, power_of_2, rows_of
+from rooflight.ops.kernels.ahead import fetch_ahead, pieces_of
 
 BLOCK, WARPS = 2048, 4  # 16 elements a thread: two 16-byte loads of bf16 from each operand
 CLAMP_LIMIT, CLAMP_ALPHA = tl.constexpr(7.0), tl.constexpr(1.702)
@@ -25,7 +26,7 @@ def _gelu_tanh_gate(x):
 
 
 @triton.jit
-def _apply(x, KIND: tl.constexpr):
+def apply(x, KIND: tl.constexpr):
     if KIND == "silu":
         y = x * tl.sigmoid(x)
     elif KIND == "gelu":
@@ -59,7 +60,7 @@ def _value_and_derivative(x, KIND: tl.constexpr):
 def _activation_kernel(x_ptr, out_ptr, elements, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
-    tl.store(out_ptr + at, _apply(tl.load(x_ptr + at, mask, 0.0).to(tl.float32), KIND), mask)
+    tl.store(out_ptr + at, apply(tl.load(x_ptr + at, mask, 0.0).to(tl.float32), KIND), mask)
 
 
 @triton.jit
@@ -94,8 +95,19 @@ def _clamp(gate, up):
 
 @triton.jit
 def _gated_kernel(
-    x_ptr, out_ptr, stride, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+    x_ptr,
+    out_ptr,
+    ahead_ptr,
+    pieces,
+    stride,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    if ahead_ptr is not None:
+        fetch_ahead(ahead_ptr, pieces, THREADS)
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     first = tl.program_id(0) % BLOCKS * BLOCK
     column = first + tl.arange(0, BLOCK)
@@ -104,7 +116,7 @@ def _gated_kernel(
         gate, up = _clamp(gate, up)
         out = (up + 1.0) * gate * tl.sigmoid(gate * CLAMP_ALPHA)
     else:
-        out = _apply(gate, KIND) * up
+        out = apply(gate, KIND) * up
     tl.store(out_ptr + row * WIDTH + column, out, column < WIDTH)
 
 
@@ -172,15 +184,29 @@ def _flat_rows(x: Tensor) -> tuple[Tensor, int, int]:
     return (x, rows, stride) if inner == 1 else (x.contiguous(), rows, x.shape[-1])
 
 
-def gated_activation(gate_up_T2F: Tensor, kind: str) -> Tensor:
-    """f(gate)·up over the stacked projection, or gpt-oss's clamped form over the interleaved one."""
+def gated_activation(gate_up_T2F: Tensor, kind: str, ahead: Tensor | None = None) -> Tensor:
+    """f(gate)·up over the stacked projection, or gpt-oss's clamped form over the interleaved one.
+
+    ahead: the weight of the product that comes next, whose beginning may be fetched into the cache.
+    """
     x, rows, stride = _flat_rows(gate_up_T2F)
     width = gate_up_T2F.shape[-1] // 2
     out_TF = gate_up_T2F.new_empty((*gate_up_T2F.shape[:-1], width))
     block, warps = _columns(width)
     blocks = ceil_div(width, block)
+    ahead, pieces = pieces_of(ahead, rows)
     _gated_kernel[(rows * blocks,)](
-        x, out_TF, stride, BLOCKS=blocks, WIDTH=width, BLOCK=block, KIND=kind, num_warps=warps
+        x,
+        out_TF,
+        ahead,
+        pieces,
+        stride,
+        BLOCKS=blocks,
+        WIDTH=width,
+        BLOCK=block,
+        KIND=kind,
+        THREADS=32 * warps,
+        num_warps=warps,
     )
     return out_TF
 

@@ -171,3 +171,46 @@ def rotary(
         num_warps=WARPS,
     )
     return q_out, k_out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _table_kernel(
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    tokens,
+    scale,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    frequency = tl.load(frequencies_ptr + channel, channel < CHANNELS, 0.0)
+    angle = tl.load(positions_ptr + row, row < tokens, 0).to(tl.float32)[:, None] * frequency[None, :]
+    at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    mask = (row < tokens)[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(cos_ptr + at, tl.cos(angle) * scale, mask)
+    tl.store(sin_ptr + at, tl.sin(angle) * scale, mask)
+
+
+def rotary_table(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, times a scale, in fp32: [T, C] each."""
+    tokens, channels = positions_T.shape[0], frequencies_C.shape[0]
+    cos_TC, sin_TC = (frequencies_C.new_empty((tokens, channels)) for _ in range(2))
+    block = power_of_2(channels)
+    rows = max(1, PAIRS // block)
+    _table_kernel[(ceil_div(tokens, rows),)](
+        cos_TC,
+        sin_TC,
+        positions_T,
+        frequencies_C,
+        tokens,
+        scale,
+        CHANNELS=channels,
+        BLOCK=block,
+        ROWS=rows,
+        num_warps=WARPS,
+    )
+    return cos_TC, sin_TC

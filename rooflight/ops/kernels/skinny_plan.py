@@ -10,7 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rooflight.ops.kernels import power_of_2
+
 MOST_ROWS = 4
+FUSED_ROWS = 1
+LEAST_INPUTS, MOST_INPUTS = 256, 16384
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -66,8 +70,27 @@ def plan_for(rows: int, outputs: int, inputs: int) -> Plan | None:
     return None
 
 
-def takes(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> bool:
-    """Whether a linear layer on a GPU runs in our kernels: few rows, half precision, and a class with a plan."""
+def fused_plan_for(rows: int, inputs: int, gated: bool, added: bool) -> Plan | None:
+    """How a product is cut that carries a norm, a gate or a sum along; None: left to separate kernels.
+
+    All inputs of an output at once, so that weights are on their way before the kernel ahead is through. Measured in a
+    chain of a layer's four products (`benchmarks/ops_decode_layer.py`): two outputs of a norm's product in a program, a
+    sum's programs of 16 KiB, and for a gate, whose programs read two matrices, half of that.
+    """
+    if rows > FUSED_ROWS or inputs > MOST_INPUTS:
+        return None
+    block = power_of_2(max(inputs, LEAST_INPUTS))
+    warps = max(4, block // 2048)
+    if gated:
+        return Plan(max(1, 2048 // block), block, max(1, block // 1024), 1)
+    return Plan(max(1, 8192 // block) if added else 2, block, warps, 1)
+
+
+def takes(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, fused: bool = False) -> bool:
+    """Whether a linear layer on a GPU runs in our kernels: few rows, half precision, and a class with a plan.
+
+    fused: whether a norm, a gate or a sum goes along.
+    """
     # Every linear layer of a training step asks; most are answered here.
     if x_TK.dim() == 0 or x_TK.numel() > MOST_ROWS * x_TK.shape[-1]:
         return False
@@ -79,4 +102,6 @@ def takes(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> bool
     if bias_N is not None and (bias_N.dtype != x_TK.dtype or bias_N.shape != (outputs,) or bias_N.stride(0) != 1):
         return False
     rows = x_TK.numel() // inputs
+    if fused:
+        return 0 < rows <= FUSED_ROWS and inputs <= MOST_INPUTS
     return rows > 0 and plan_for(rows, outputs, inputs) is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rooflight.ops.rope import rotary_table
+
 from .oracle import assert_close, exact, takes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -52,3 +54,14 @@ def test_what_the_kernel_leaves_to_the_reference():
     assert not takes("rotary", q, k.bfloat16(), table, table)
     assert not takes("rotary", q, k[..., :6], table, table)
     assert not takes("rotary", q, k, table[:1], table[:1])
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (9, 3), (700, 32)])
+def test_rotary_table(interpret, tokens, channels):
+    positions = torch.randint(0, 100_000, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    frequencies = 10_000.0 ** -(torch.arange(channels) / channels)
+    found = interpret("rope.rotary_table", positions, frequencies, 1.25)
+    # An angle of 100,000 in fp32 is 0.004 off itself, so the reference's fp32 angles are the measure.
+    assert_close(found, rotary_table.reference(positions, frequencies, 1.25), torch.float32)
+    found = interpret("rope.rotary_table", positions.int(), frequencies, 1.25)
+    assert_close(found, rotary_table.reference(positions, frequencies, 1.25), torch.float32)

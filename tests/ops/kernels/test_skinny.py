@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rooflight.ops.fused_linear import norm_linear
 from rooflight.ops.kernels.skinny_plan import CLASSES, MOST_ROWS, Plan, plan_for, takes
 
 from .oracle import assert_close
@@ -69,6 +70,53 @@ def test_the_classes_plans(interpret, rows):
         assert plan_for(rows, outputs, inputs) is None or takes(*args)
         if takes(*args):
             assert_close(interpret("skinny_linear.linear", *args), exact(*args), HALF)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    x = x.double()
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * (weight.double() + offset)
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("plan", [None, Plan(4, 256, 1, 1), STAGED], ids=["rule", "at once", "in stages"])
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
+def test_norm_and_gate_around_the_product(interpret, gate, outputs, inputs, plan):
+    rows = 1 if plan is None else 3
+    x, w, b = draw(rows, outputs if gate is None else 2 * outputs, inputs, HALF, bias=gate != "silu")
+    norm, offset = torch.rand(inputs).to(HALF), 1.0 if gate is None else 0.0
+    want = normed(x, norm, 1e-3, offset) @ w.double().t() + (0 if b is None else b.double())
+    if gate is not None:
+        first, second = want.chunk(2, -1)
+        want = ACTIVATIONS[gate](first) * second
+    found = interpret("skinny_linear.norm_linear", x, norm, w, b, 1e-3, offset, gate, plan)
+    assert_close(found, want.to(HALF), HALF)
+
+
+@pytest.mark.parametrize("plan", [None, FMA, STAGED], ids=["rule", "at once", "in stages"])
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+def test_the_product_is_added_in_place(interpret, outputs, inputs, plan):
+    rows = 1 if plan is None else 3
+    x, w, b = draw(rows, outputs, inputs, HALF, bias=inputs % 2 == 0)
+    residual = torch.randn(rows, outputs).to(HALF)
+    _, left = interpret.call("skinny_linear.add_linear", residual, x, w, b, plan)
+    assert_close(left[0], (residual.double() + exact(x.double(), w.double(), b)).to(HALF), HALF)
+    assert torch.equal(left[2], w)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_one_row_and_many_mean_the_same(interpret, rows, gate):
+    """`kernels.fused_linear` hands few rows to one launch and others to separate kernels."""
+    x, w, b = draw(rows, 48, 96, HALF)
+    norm = torch.rand(96).to(HALF)
+    want = norm_linear.reference(x.float(), norm.float(), w.float(), b.float(), 1e-5, 0.0, gate)
+    assert_close(interpret("fused_linear.norm_linear", x, norm, w, b, 1e-5, 0.0, gate), want.to(HALF), HALF)
+    residual = torch.randn(rows, 48).to(HALF)
+    _, left = interpret.call("fused_linear.add_linear", residual, x, w, b)
+    assert_close(left[0], (residual.float() + exact(x, w, b).float()).to(HALF), HALF)
 
 
 def test_a_product_without_a_plan_is_refused(interpret):
