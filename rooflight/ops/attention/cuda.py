@@ -1,6 +1,5 @@
-"""Attention on NVIDIA GPUs by torch's own fused kernels: cuDNN's where it applies, FlashAttention-2 for windows.
+"""Attention on NVIDIA GPUs by torch's own fused kernels, cuDNN's and FlashAttention-2's; `choice` says which and when.
 
-Which is faster was measured (shared/ANCHORS.md, H200: cuDNN 591 against FA2 316 TFLOP/s forward), so cuDNN comes first.
 Legend: B sequences  Q queries  S keys  H query heads  K key heads  E head dim  U value dim
 """
 
@@ -15,17 +14,21 @@ _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, softcap: float, sinks: Tensor | None) -> bool:
-    """Cases that either kernel computes; their causal mask starts at the first query, so Q and S must agree."""
+def _takes(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softcap: float, sinks: Tensor | None, most_channels: int
+) -> bool:
+    """Cases that either computes; their causal mask starts at the first query, so Q and S must agree."""
     plain = not softcap and sinks is None and q.dtype in _HALF and q.shape[-1] == v.shape[-1]
-    return plain and (not causal or q.shape[1] == k.shape[1]) and q.shape[-1] % 8 == 0
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= most_channels
+    return plain and fits and (not causal or q.shape[1] == k.shape[1])
 
 
-def _windowed(k: Tensor, window: int) -> bool:
-    return bool(window) and window < k.shape[1]
+def _left(k: Tensor, causal: bool, window: int) -> int | None:
+    """Keys that a query sees before itself, where that is fewer than all; only a causal mask has a window."""
+    return window - 1 if causal and window and window < k.shape[1] else None
 
 
-def takes_forward(
+def takes_cudnn(
     q_BQHE: Tensor,
     k_BSKE: Tensor,
     v_BSKU: Tensor,
@@ -35,12 +38,12 @@ def takes_forward(
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
 ) -> bool:
-    """Whether `forward` computes this call."""
-    limit = 256 if _windowed(k_BSKE, window) else 128
-    return _fused(q_BQHE, k_BSKE, v_BSKU, causal, softcap, sinks_H) and q_BQHE.shape[-1] <= limit
+    """Whether `cudnn_forward` and `cudnn_backward` compute this call."""
+    plain = _takes(q_BQHE, k_BSKE, v_BSKU, causal, softcap, sinks_H, most_channels=128)
+    return plain and _left(k_BSKE, causal, window) is None
 
 
-def forward(
+def takes_fa2(
     q_BQHE: Tensor,
     k_BSKE: Tensor,
     v_BSKU: Tensor,
@@ -49,39 +52,49 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
+) -> bool:
+    """Whether `fa2_forward` and `fa2_backward` compute this call."""
+    return _takes(q_BQHE, k_BSKE, v_BSKU, causal, softcap, sinks_H, most_channels=256)
+
+
+def cudnn_forward(
+    q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, scale: float, causal: bool = True, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Output [B,Q,H,U] and log-sum-exp [B,H,Q]."""
     batch, queries, heads, _ = q_BQHE.shape
-    if _windowed(k_BSKE, window):
-        out, lse, *_ = _aten._flash_attention_forward(
-            q_BQHE,
-            k_BSKE,
-            v_BSKU,
-            None,
-            None,
-            queries,
-            k_BSKE.shape[1],
-            0.0,
-            causal,
-            False,
-            scale=scale,
-            window_size_left=window - 1,
-            window_size_right=0,
-        )
-        return out.contiguous(), lse.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q_BQHE, k_BSKE, v_BSKU))
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.reshape(batch, heads, queries)
 
 
-def takes_backward(
-    grad_BQHU: Tensor, q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, out_BQHU: Tensor, lse_BHQ: Tensor, *mask: Any
-) -> bool:
-    """Whether `backward` computes this call: exactly when `forward` did."""
-    return takes_forward(q_BQHE, k_BSKE, v_BSKU, *mask)
+def fa2_forward(
+    q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, scale: float, causal: bool = True, window: int = 0, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Output [B,Q,H,U] and log-sum-exp [B,H,Q]."""
+    out, lse, *_ = _aten._flash_attention_forward(
+        q_BQHE,
+        k_BSKE,
+        v_BSKU,
+        None,
+        None,
+        q_BQHE.shape[1],
+        k_BSKE.shape[1],
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=_left(k_BSKE, causal, window),
+        window_size_right=0 if causal else None,
+    )
+    return out.contiguous(), lse.contiguous()
 
 
-def backward(
+def _no_dropout(q: Tensor) -> Tensor:
+    """The random state that the backward kernels ask for, and never read without dropout."""
+    return torch.zeros((2,), dtype=torch.int64, device=q.device)
+
+
+def cudnn_backward(
     grad_BQHU: Tensor,
     q_BQHE: Tensor,
     k_BSKE: Tensor,
@@ -90,37 +103,11 @@ def backward(
     lse_BHQ: Tensor,
     scale: float,
     causal: bool,
-    window: int,
-    softcap: float,
-    sinks_H: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, and an empty one for sinks that are not there."""
-    queries, keys = q_BQHE.shape[1], k_BSKE.shape[1]
-    none = q_BQHE.new_empty((0,))
-    # Dropout is off, so the random state that the kernels ask for is never read.
-    seed = torch.zeros((2,), dtype=torch.int64, device=q_BQHE.device)
-    if _windowed(k_BSKE, window):
-        dq, dk, dv = _aten._flash_attention_backward(
-            grad_BQHU.contiguous(),
-            q_BQHE,
-            k_BSKE,
-            v_BSKU,
-            out_BQHU,
-            lse_BHQ,
-            None,
-            None,
-            queries,
-            keys,
-            0.0,
-            causal,
-            seed,
-            none,
-            scale=scale,
-            window_size_left=window - 1,
-            window_size_right=0,
-        )
-        return dq, dk, dv, none
     grad, q, k, v, out = (x.transpose(1, 2) for x in (grad_BQHU, q_BQHE, k_BSKE, v_BSKU, out_BQHU))
+    seed = _no_dropout(q_BQHE)
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         grad,
         q,
@@ -133,11 +120,47 @@ def backward(
         None,
         None,
         None,
-        queries,
-        keys,
+        q_BQHE.shape[1],
+        k_BSKE.shape[1],
         0.0,
         causal,
         scale=scale,
     )
     dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, q_BQHE.new_empty((0,))
+
+
+def fa2_backward(
+    grad_BQHU: Tensor,
+    q_BQHE: Tensor,
+    k_BSKE: Tensor,
+    v_BSKU: Tensor,
+    out_BQHU: Tensor,
+    lse_BHQ: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and an empty one for sinks that are not there."""
+    none = q_BQHE.new_empty((0,))
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad_BQHU.contiguous(),
+        q_BQHE,
+        k_BSKE,
+        v_BSKU,
+        out_BQHU,
+        lse_BHQ,
+        None,
+        None,
+        q_BQHE.shape[1],
+        k_BSKE.shape[1],
+        0.0,
+        causal,
+        _no_dropout(q_BQHE),
+        none,
+        scale=scale,
+        window_size_left=_left(k_BSKE, causal, window),
+        window_size_right=0 if causal else None,
+    )
     return dq, dk, dv, none

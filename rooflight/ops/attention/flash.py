@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflight.ops.attention import chunked, cpu, cuda, pairs
+from rooflight.ops.attention import choice, chunked, cpu, pairs
 from rooflight.ops.attention.chunked import Sight
 from rooflight.ops.cost import (
     VECTOR,
@@ -232,8 +232,8 @@ attention_backward = Op(
     _attention_backward,
     cost=_attention_backward_cost,
     shape=_attention_backward_shape,
-    kernel=cuda.backward,
-    kernel_takes=cuda.takes_backward,
+    kernel=choice.backward,
+    kernel_takes=choice.takes_backward,
 )
 
 
@@ -256,8 +256,8 @@ attention = Op(
     _attention,
     cost=_attention_cost,
     shape=_attention_shape,
-    kernel=cuda.forward,
-    kernel_takes=cuda.takes_forward,
+    kernel=choice.forward,
+    kernel_takes=choice.takes_forward,
     backward=_backward,
     setup=_setup,
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rooflight.errors import InvalidValue
 from rooflight.ops import batch
-from rooflight.ops.attention import chunked, cuda_packed, flash, pairs
+from rooflight.ops.attention import choice, chunked, flash, pairs
 from rooflight.ops.attention.chunked import Sight
 from rooflight.ops.cost import Access, Cost, Count, precision_of, tensor_bytes
 from rooflight.ops.op import Op
@@ -60,7 +60,7 @@ def masked_forward(
     softcap: float,
     sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operation without any host synchronisation: a GPU's way where no fused kernel takes the call."""
+    """The operation without any host synchronisation: a GPU's way where no kernel takes the call."""
     sight = _sight(starts_N1, q_THE.shape[0], max_length, scale, window, softcap)
     q, k, v = (x.unsqueeze(0) for x in (q_THE, k_TKE, v_TKU))
     out, lse = chunked.forward(q, k, v, sight, sinks_H)
@@ -238,8 +238,8 @@ packed_attention_backward = Op(
     _packed_backward,
     cost=_packed_backward_cost,
     shape=_packed_backward_shape,
-    kernel=cuda_packed.backward,
-    kernel_takes=cuda_packed.takes_backward,
+    kernel=choice.packed_backward,
+    kernel_takes=choice.takes_packed_backward,
 )
 
 
@@ -261,8 +261,8 @@ packed_attention = Op(
     _packed,
     cost=_packed_cost,
     shape=_packed_shape,
-    kernel=cuda_packed.forward,
-    kernel_takes=cuda_packed.takes_forward,
+    kernel=choice.packed_forward,
+    kernel_takes=choice.takes_packed_forward,
     backward=_backward,
     setup=_setup,
 )
