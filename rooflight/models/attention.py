@@ -114,6 +114,10 @@ class Attention(nn.Module):
         self.core = Core(config, kind, index, config.scale)
         self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias, component="output projection")
 
+    def serves(self, x_TD: Tensor) -> bool:
+        """Whether no gradient may be asked for, and products are not in fp8, as in training only."""
+        return not (self.qkv.fp8 or wants_gradient(x_TD, self.qkv.weight))
+
     def forward(self, x_TD: Tensor, tables: Tables, layout: Layout, norm: RMSNorm | None = None) -> Tensor:
         """The block's output; with a norm x is the residual stream, which is normalised first and added to in place."""
         qkv_TW = self.qkv(x_TD, norm=norm)

@@ -15,7 +15,7 @@ from rooflight.models.attention import Attention, Tables
 from rooflight.models.config import LayerKind, ModelConfig
 from rooflight.models.feed_forward import MLP, MoEBlock
 from rooflight.models.latent import LatentAttention
-from rooflight.models.layers import ResidualNorm, make_norm, wants_gradient
+from rooflight.models.layers import ResidualNorm, make_norm
 from rooflight.models.layout import Layout
 from rooflight.models.recompute import Recompute, contexts_of, recomputing
 from rooflight.models.rope import frequencies
@@ -74,8 +74,7 @@ class Layer(nn.Module):
         self.ffn_norm = ResidualNorm(config)
         self.ffn = MoEBlock(config) if kind.sparse else MLP(config, config.ffn_width)
         self.ffn_post_norm = make_norm(config.width, config) if config.post_norms else None
-        # What a serving step can run as products that carry the norm before them and the sum after them along.
-        self._streams = isinstance(self.attention, Attention) and config.norm == "rms" and not config.post_norms
+        self._plain_norms = config.norm == "rms" and not config.post_norms
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, tables: Tables, layout: Layout, closed: bool = False
@@ -84,7 +83,7 @@ class Layer(nn.Module):
 
         A serving step has no residual beside the blocks' output: each block adds to the stream in place.
         """
-        if self._streams and residual_TD is None and layout.cached is not None and not self._learns(x_TD):
+        if residual_TD is None and self._streams(x_TD, layout):
             self.attention(x_TD, tables, layout, self.attention_norm.norm)
             if isinstance(self.ffn, MLP):
                 return self.ffn(x_TD, norm=self.ffn_norm.norm), None
@@ -100,10 +99,11 @@ class Layer(nn.Module):
             h_TD = self.ffn_post_norm(h_TD)
         return (h_TD + stream_TD, None) if closed else (h_TD, stream_TD)
 
-    def _learns(self, x_TD: Tensor) -> bool:
-        """Whether gradients may be asked for, or products are in fp8, as in training only."""
-        qkv = self.attention.qkv
-        return qkv.fp8 or wants_gradient(x_TD, qkv.weight)
+    def _streams(self, x_TD: Tensor, layout: Layout) -> bool:
+        """Whether the step serves, with blocks whose products carry the norm before and the sum after them along."""
+        block = self.attention
+        fused = self._plain_norms and isinstance(block, Attention) and block.serves(x_TD)
+        return fused and layout.cached is not None
 
 
 class Transformer(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +177,7 @@ class Inputs:
         paged = Paged(self.cache, table_BM, contexts_B, starts_B1, places_T.long(), max_query)
         return Fed(tokens_T, positions_T, Layout(None, paged), last_B.long())
 
-    def _cache_slots(self, owners: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+    def _cache_slots(self, owners: NDArray[Any], positions: NDArray[Any]) -> NDArray[Any]:
         size = self.block_size
         return self._table_SM[owners, positions // size] * size + positions % size
 

@@ -4,7 +4,8 @@ A norm or a gate of few rows leaves memory idle for the 2–4 µs that it takes;
 kernel need not wait for.
 """
 
-# ruff: noqa: ANN001, ANN202 - arguments of Triton functions are blocks and scalars of its language, without annotations
+# ruff: noqa: ANN001, ANN201 - arguments of Triton functions are blocks and scalars of its language, without annotations
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
