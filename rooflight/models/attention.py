@@ -94,6 +94,7 @@ class Core(nn.Module):
             self.window,
             self.softcap,
             self.sinks_H,
+            paged.schedules.get(self.window),
         )
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
-from rooflight.models.layers import Linear, RMSNorm
+from rooflight.models.layers import Linear, RMSNorm, wants_gradient
 from rooflight.ops.activation import activation, gated_activation
 from rooflight.ops.dispatch import permute, unpermute
 from rooflight.ops.grouped import grouped_linear
+from rooflight.ops.grouped_gated import grouped_gated_linear
 from rooflight.ops.routing import route
 
 
@@ -35,7 +36,7 @@ class MLP(nn.Module):
         """The block's output; with a norm x is the residual stream, which is normalised first and added to in place."""
         if norm is not None:
             gate = self.activation if self.gated else None
-            h_TF = self.up(x_TD, norm=norm, gate=gate, ahead=self.down.weight)
+            h_TF = self.up(x_TD, norm=norm, gate=gate)
             return self.down(h_TF if self.gated else activation(h_TF, self.activation), into=x_TD)
         up = self.up(x_TD)
         h_TF = gated_activation(up, self.activation) if self.gated else activation(up, self.activation)
@@ -59,8 +60,12 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(moe.experts, config.width)) if moe.expert_bias else None
 
     def forward(self, x_RD: Tensor, counts_X: Tensor) -> Tensor:
-        up = grouped_linear(x_RD, self.up_XND, self.up_bias, counts_X)
-        return grouped_linear(gated_activation(up, self.activation), self.down_XDF, self.down_bias, counts_X)
+        given = (x_RD, self.up_XND, self.up_bias, counts_X)
+        if wants_gradient(x_RD, self.up_XND):
+            h_RF = gated_activation(grouped_linear(*given), self.activation)
+        else:
+            h_RF = grouped_gated_linear(*given, self.activation)
+        return grouped_linear(h_RF, self.down_XDF, self.down_bias, counts_X)
 
 
 class MoEBlock(nn.Module):

@@ -41,17 +41,15 @@ class Linear(nn.Module):
         needed: bool = True,
         norm: RMSNorm | None = None,
         gate: str | None = None,
-        ahead: Tensor | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
         """The product; all but `needed` are for inference.
 
         needed: whether anybody reads the result; else only what its backward wants is saved.
-        norm: applied to x first, and then `gate` to the product's stacked halves; ahead: the weight that comes next.
-        into: the product is added to it.
+        norm: applied to x first, and then `gate` to the product's stacked halves. into: the product is added to it.
         """
         if norm is not None:
-            return norm_linear(x_TD, norm.weight, self.weight, self.bias, norm.eps, norm.offset, gate, ahead)
+            return norm_linear(x_TD, norm.weight, self.weight, self.bias, norm.eps, norm.offset, gate)
         if into is not None:
             add_linear(into, x_TD, self.weight, self.bias)
             return into

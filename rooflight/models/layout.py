@@ -6,8 +6,8 @@ Legend: T tokens  B sequences  M blocks a sequence at most  N blocks  P tokens a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rooflight.errors import InvalidValue
 from rooflight.models.config import ModelConfig
+from rooflight.ops.attention import attention_schedule
 from rooflight.ops.batch import Batch
 
 
@@ -47,6 +48,7 @@ class Paged:
     """Where each sequence's blocks lie and where the new tokens go.
 
     equal_context: every sequence's context length where all are equal, else None; only naive attention asks.
+    schedules: a window's each, of `attention_schedule`, where layers share them.
     """
 
     cache: KVCache
@@ -56,6 +58,13 @@ class Paged:
     slots_T: Tensor
     max_query: Any
     equal_context: Any = None
+    schedules: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def scheduled(self, windows: Iterable[int]) -> Paged:
+        """With a schedule for each window of a model's layers."""
+        longest = self.block_table_BM.shape[1] * self.cache.keys[0].shape[1]
+        of = (self.context_lengths_B, self.query_starts_B1, longest, self.cache.keys[0].shape[2])
+        return replace(self, schedules={window: attention_schedule(*of, window) for window in windows})
 
 
 @dataclass(frozen=True, slots=True)

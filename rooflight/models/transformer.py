@@ -5,6 +5,7 @@ Legend: T tokens  D width  V vocabulary
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,10 +141,17 @@ class Transformer(nn.Module):
             for index, rope in enumerate(self.ropes)
         }
 
+    def _scheduled(self, layout: Layout) -> Layout:
+        """With this step's schedules of attention, once for all layers of one window; MLA is attended without."""
+        paged = layout.cached
+        if paged is None or layout.attention == "naive" or self.config.latent is not None:
+            return layout
+        return replace(layout, paged=paged.scheduled(dict.fromkeys(kind.window for kind in self.config.layers)))
+
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout, recompute: Recompute = "none") -> Tensor:
         """Last hidden state of every token, normalised: [T, D]."""
         x_TD, residual_TD = self.embedding(tokens_T, positions_T), None
-        tables = self._tables(positions_T)
+        tables, layout = self._tables(positions_T), self._scheduled(layout)
         # Full recomputation keeps what enters a layer: closed layers make that one tensor and not two.
         closed = recompute == "full"
         contexts = contexts_of(recompute)

@@ -2,7 +2,6 @@
 
 norm_linear: y = f(RMSNorm(x)·Wᵀ + b), f the gated activation of stacked [gate; up] where there is one.
 add_linear: residual += x·Wᵀ + b, in place.
-`ahead` is the weight of the product that comes next: a GPU may fetch some of it early, which changes nothing else.
 For inference: neither has a derivative, and on a GPU what stands between the stages is not rounded at every size.
 Legend: T tokens  D width  N output width  K input width
 """
@@ -41,7 +40,6 @@ def _norm_linear(
     eps: float,
     offset: float = 0.0,
     gate: str | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     # The references themselves: on a CPU the dispatcher would take as long again as one token's norm.
     y_TN = product(rms_norm.reference(x_TD, norm_weight_D, eps, offset), weight_ND.t(), bias_N)
@@ -56,7 +54,6 @@ def _norm_linear_shape(
     eps: float,
     offset: float = 0.0,
     gate: str | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     outputs = weight_ND.shape[0]
     return x_TD.new_empty((*x_TD.shape[:-1], outputs if gate is None else outputs // 2))
@@ -71,7 +68,6 @@ def _norm_linear_cost(
     eps: float,
     offset: float,
     gate: str | None,
-    ahead: Tensor | None,
 ) -> Cost:
     rows, width = rows_and_columns(x_TD)
     outputs = weight_ND.shape[0]
@@ -141,7 +137,6 @@ def _norm_linear_takes(
     eps: float,
     offset: float = 0.0,
     gate: str | None = None,
-    ahead: Tensor | None = None,
 ) -> bool:
     same = same_kernel_dtype(x_TD, norm_weight_D, weight_ND, bias_N)
     return same and x_TD.numel() > 0 and (gate is None or gate in KINDS)

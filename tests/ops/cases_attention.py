@@ -260,6 +260,11 @@ def cases() -> list[Case]:
         )
     table = torch.tensor([[4, 1, 2], [0, 5, 3]])
     rows += [
+        Case(
+            "attention_schedule",
+            lambda r: (torch.tensor([7, 5]), torch.tensor([0, 1, 2]), 8, G, 3),
+            why="a CPU cuts nothing; tests/ops/kernels/test_paged.py has what a GPU makes",
+        ),
         Case("gather_kv", lambda r: (r(6, 4, G, E), r(6, 4, G, U), table, 7, U, r.dtype), f.gather_kv, sa.gather_kv),
         Case(
             "gather_kv",

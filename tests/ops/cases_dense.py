@@ -37,7 +37,14 @@ def cases() -> list[Case]:
         *(
             Case(
                 "norm_linear",
-                lambda r, o=(offset, gate), b=bias: (r(T, K), r(K), r(2 * N, K), r(2 * N) if b else None, 0.01, *o, None),
+                lambda r, o=(offset, gate), b=bias: (
+                    r(T, K),
+                    r(K),
+                    r(2 * N, K),
+                    r(2 * N) if b else None,
+                    0.01,
+                    *o,
+                ),
                 _norm_linear,
                 sd.norm_linear,
                 label=f"{gate or 'plain'}{'-offset' * bool(offset)}{'-bias' * bias}",

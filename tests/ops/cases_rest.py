@@ -102,17 +102,6 @@ ROUTERS = {
 }
 
 
-def _route_backward(g: Tensor, z: Tensor, experts: Tensor, scoring: str, normalize: bool, scale: float) -> Tensor:
-    def weights(logits: Tensor) -> Tensor:
-        scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
-        if scoring == "softmax_topk":
-            return logits.gather(1, experts).softmax(-1) * scale
-        picked = scores.gather(1, experts)
-        return (picked / picked.sum(-1, keepdim=True) if normalize else picked) * scale
-
-    return gradients(weights, (z,), g)[0]
-
-
 def _unpermute_args(r: Draw) -> tuple[Any, ...]:
     _, source, _ = dispatch.permute(r(T, D), _experts(r), X)
     return r(T * K, D), r.fp32(T, K), source
@@ -150,7 +139,7 @@ def _experts_rows() -> list[Case]:
             Case(
                 "route_backward",
                 lambda r, o=(scoring, normalize, scale): (r.fp32(T, K), r.distinct(T, X), _experts(r), *o),
-                _route_backward,
+                f.route_backward,
                 se.route_backward,
                 label=label,
             ),
@@ -186,6 +175,20 @@ def _experts_rows() -> list[Case]:
             f.grouped_linear,
             se.grouped_linear,
             (0, 1),
+        ),
+        Case(
+            "grouped_gated_linear",
+            lambda r: (r(total, D), r(X, 2 * N, D), r(X, 2 * N), counts, "clamped_swiglu"),
+            lambda *args: f.gated_activation(f.grouped_linear(*args[:-1]), args[-1]),
+            se.grouped_gated_linear,
+            label="bias",
+            batch=BATCH,
+        ),
+        Case(
+            "grouped_gated_linear",
+            lambda r: (r(total, D), r(X, 2 * N, D), None, counts, "silu"),
+            lambda *args: f.gated_activation(f.grouped_linear(*args[:-1]), args[-1]),
+            se.grouped_gated_linear,
         ),
         Case(
             "grouped_input_grad",

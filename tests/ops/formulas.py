@@ -243,6 +243,19 @@ def route(
     return torch.stack(weights), torch.stack(experts)
 
 
+def route_backward(
+    grad: Tensor, logits: Tensor, experts: Tensor, scoring: str, normalize: bool, scale: float
+) -> Tensor:
+    def weights(logits: Tensor) -> Tensor:
+        scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+        if scoring == "softmax_topk":
+            return logits.gather(1, experts).softmax(-1) * scale
+        picked = scores.gather(1, experts)
+        return (picked / picked.sum(-1, keepdim=True) if normalize else picked) * scale
+
+    return gradients(weights, (logits,), grad)[0]
+
+
 def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = experts.flatten().tolist()
     source = sorted(range(len(flat)), key=lambda r: flat[r])

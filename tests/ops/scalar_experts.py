@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .counted import Counted, exp, matmul, maximum, total, transpose
+from .scalar_dense import gated_activation
 
 
 def _softmax(row: Any) -> Any:
@@ -147,6 +148,10 @@ def grouped_linear(x: Any, weight: Any, bias: Any, counts: list[int]) -> Any:
             product = matmul(rows, transpose(weight[e]))
             out += product if bias is None else [[a + b for a, b in zip(r, bias[e], strict=True)] for r in product]
     return out
+
+
+def grouped_gated_linear(x: Any, weight: Any, bias: Any, counts: list[int], kind: str) -> Any:
+    return gated_activation(grouped_linear(x, weight, bias, counts), kind)
 
 
 def grouped_input_grad(grad: Any, weight: Any, counts: list[int]) -> Any:

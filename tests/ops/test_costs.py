@@ -101,6 +101,7 @@ BY_HAND = {
     "linear_cross_entropy_backward": lambda args, out: (_nbytes(*args), _nbytes(*args[1:])),
     "scale_": lambda args, out: (_nbytes(*args), _nbytes(args[0])),
     "grouped_linear": _grouped_bytes,
+    "grouped_gated_linear": lambda args, out: _grouped_bytes(args[:-1], out),
     "grouped_input_grad": _grouped_bytes,
 }
 

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rooflight.ops.kernels import ceil_div, power_of_2, rows_of
-from rooflight.ops.kernels.ahead import fetch_ahead, pieces_of
 
 BLOCK, WARPS = 2048, 4  # 16 elements a thread: two 16-byte loads of bf16 from each operand
 CLAMP_LIMIT, CLAMP_ALPHA = tl.constexpr(7.0), tl.constexpr(1.702)
@@ -97,17 +96,12 @@ def _clamp(gate, up):
 def _gated_kernel(
     x_ptr,
     out_ptr,
-    ahead_ptr,
-    pieces,
     stride,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
-    if ahead_ptr is not None:
-        fetch_ahead(ahead_ptr, pieces, THREADS)
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     first = tl.program_id(0) % BLOCKS * BLOCK
     column = first + tl.arange(0, BLOCK)
@@ -184,29 +178,15 @@ def _flat_rows(x: Tensor) -> tuple[Tensor, int, int]:
     return (x, rows, stride) if inner == 1 else (x.contiguous(), rows, x.shape[-1])
 
 
-def gated_activation(gate_up_T2F: Tensor, kind: str, ahead: Tensor | None = None) -> Tensor:
-    """f(gate)·up over the stacked projection, or gpt-oss's clamped form over the interleaved one.
-
-    ahead: the weight of the product that comes next, whose beginning may be fetched into the cache.
-    """
+def gated_activation(gate_up_T2F: Tensor, kind: str) -> Tensor:
+    """f(gate)·up over the stacked projection, or gpt-oss's clamped form over the interleaved one."""
     x, rows, stride = _flat_rows(gate_up_T2F)
     width = gate_up_T2F.shape[-1] // 2
     out_TF = gate_up_T2F.new_empty((*gate_up_T2F.shape[:-1], width))
     block, warps = _columns(width)
     blocks = ceil_div(width, block)
-    ahead, pieces = pieces_of(ahead, rows)
     _gated_kernel[(rows * blocks,)](
-        x,
-        out_TF,
-        ahead,
-        pieces,
-        stride,
-        BLOCKS=blocks,
-        WIDTH=width,
-        BLOCK=block,
-        KIND=kind,
-        THREADS=32 * warps,
-        num_warps=warps,
+        x, out_TF, stride, BLOCKS=blocks, WIDTH=width, BLOCK=block, KIND=kind, num_warps=warps
     )
     return out_TF
 

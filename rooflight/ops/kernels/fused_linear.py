@@ -22,13 +22,12 @@ def norm_linear(
     eps: float,
     offset: float = 0.0,
     gate: str | None = None,
-    ahead_ND: Tensor | None = None,
 ) -> Tensor:
-    """f(RMSNorm(x)·Wᵀ + b); ahead: the weight of the product that comes next."""
+    """f(RMSNorm(x)·Wᵀ + b)."""
     if takes(x_TD, weight_ND, bias_N, fused=True):
         return skinny_linear.norm_linear(x_TD, norm_weight_D, weight_ND, bias_N, eps, offset, gate)
-    y_TN = linear(rms_norm(x_TD, norm_weight_D, eps, offset, weight_ND), weight_ND, bias_N)
-    return y_TN if gate is None else gated_activation(y_TN, gate, ahead_ND)
+    y_TN = linear(rms_norm(x_TD, norm_weight_D, eps, offset), weight_ND, bias_N)
+    return y_TN if gate is None else gated_activation(y_TN, gate)
 
 
 def add_linear(residual_TN: Tensor, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:

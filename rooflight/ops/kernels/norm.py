@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rooflight.ops.kernels import ceil_div, norm_wide, processors, rows_of
-from rooflight.ops.kernels.ahead import fetch_ahead, pieces_of
 from rooflight.ops.kernels.norm_rows import WIDEST, backward_tile, column_sums, forward_tile, row_offset, row_stride
 
 
@@ -33,8 +32,6 @@ def _rms_norm_kernel(
     weight_ptr,
     sum_ptr,
     out_ptr,
-    ahead_ptr,
-    pieces,
     rows,
     inner,
     outer_stride,
@@ -45,10 +42,7 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
-    if ahead_ptr is not None:
-        fetch_ahead(ahead_ptr, pieces, THREADS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
@@ -123,7 +117,6 @@ def _forward(
     weight_D: Tensor,
     eps: float,
     offset: float,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     width = x_TD.shape[-1]
     if width > WIDEST:
@@ -132,15 +125,12 @@ def _forward(
     residual, residual_stride = (None, 0) if residual_TD is None else row_stride(residual_TD)
     out_TD = x_TD.new_empty(x_TD.shape)
     block, tile_rows, warps = forward_tile(width)
-    ahead, pieces = pieces_of(ahead, rows)
     _rms_norm_kernel[(ceil_div(rows, tile_rows),)](
         x,
         residual,
         weight_D.contiguous(),
         sum_TD,
         out_TD,
-        ahead,
-        pieces,
         rows,
         inner,
         outer_stride,
@@ -151,20 +141,14 @@ def _forward(
         WIDTH=width,
         BLOCK=block,
         ROWS=tile_rows,
-        THREADS=32 * warps,
         num_warps=warps,
     )
     return out_TD
 
 
-def rms_norm(
-    x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, ahead: Tensor | None = None
-) -> Tensor:
-    """y = x · rsqrt(mean(x²) + eps) · (offset + w); reads x and writes y once.
-
-    ahead: the weight of the product that comes next, whose beginning may be fetched into the cache.
-    """
-    return _forward(x_TD, None, None, weight_D, eps, offset, ahead)
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """y = x · rsqrt(mean(x²) + eps) · (offset + w); reads x and writes y once."""
+    return _forward(x_TD, None, None, weight_D, eps, offset)
 
 
 def add_rms_norm(

@@ -211,22 +211,23 @@ def _softmax(rows: int, keys: int, causal: bool, softcap: float = 0.0) -> Callab
     return both
 
 
+BACKWARDS = (768, 1600, 2048, 3072, 4096, 5120, 8192, 16384)
 # The launches, and the least threads that a multiprocessor must hold to keep enough bytes of memory in flight.
 LAUNCHES: dict[str, tuple[Callable[[], Any], int]] = {
     **{f"norm {d}": (_norm_forward(16384, d, False), 1024) for d in (768, 2048, 3072, 4096, 8192, 16384)},
     **{f"add and norm {d}": (_norm_forward(16384, d, True), 1024) for d in (768, 2048, 3072, 4096, 8192, 16384)},
-    **{f"norm backward {d}": (_norm_backward(16384, d, False), 512) for d in (768, 2048, 4096, 8192, 16384)},
-    **{f"add and norm backward {d}": (_norm_backward(16384, d, True), 512) for d in (768, 2048, 4096, 8192, 16384)},
-    **{
-        f"fp32 norm backward {d}": (_norm_backward(16384, d, True, torch.float32), 512)
-        for d in (768, 4096, 8192, 16384)
-    },
+    **{f"norm backward {d}": (_norm_backward(16384, d, False), 512) for d in BACKWARDS},
+    **{f"add and norm backward {d}": (_norm_backward(16384, d, True), 512) for d in BACKWARDS},
+    **{f"fp32 norm backward {d}": (_norm_backward(16384, d, True, torch.float32), 512) for d in BACKWARDS},
     **{f"layer norm {d}": (_layer_norm(16384, d, False), 1024) for d in (768, 1024, 4096, 16384, 20480)},
     **{f"add and layer norm {d}": (_layer_norm(16384, d, True), 1024) for d in (768, 1024, 4096, 16384)},
     "add and layer norm 20480": (_layer_norm(16384, 20480, True), 768),
-    **{f"layer norm backward {d}": (_layer_norm_backward(32768, d, False), 512) for d in (768, 4096, 8192, 16384)},
-    **{f"add and layer norm backward {d}": (_layer_norm_backward(32768, d, True), 512) for d in (768, 4096, 8192)},
-    "fp32 layer norm backward 8192": (_layer_norm_backward(32768, 8192, True, torch.float32), 512),
+    **{f"layer norm backward {d}": (_layer_norm_backward(32768, d, False), 512) for d in BACKWARDS},
+    **{f"add and layer norm backward {d}": (_layer_norm_backward(32768, d, True), 512) for d in BACKWARDS[:-1]},
+    **{
+        f"fp32 layer norm backward {d}": (_layer_norm_backward(32768, d, True, torch.float32), 512)
+        for d in BACKWARDS[:-1]
+    },
     "wide norm 32768": (_norm_forward(4096, 32768, False), 1024),
     "wide add and norm 32768": (_norm_forward(4096, 32768, True), 1024),
     "wide norm backwards 32768": (_norm_backward(4096, 32768, True), 512),

@@ -16,11 +16,17 @@ import triton.knobs
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import flash_backward, flash_forward
+from rooflight.ops.kernels import flash_backward, flash_backward_keys, flash_backward_queries, flash_forward
 
 from . import test_ahead_of_time as ahead
 from .test_paged_compiled import SHARED_OF_A_PROGRAM
 
+COMPILES = (
+    flash_forward._forward_kernel,
+    flash_backward._delta_kernel,
+    flash_backward_keys.keys_kernel,
+    flash_backward_queries.queries_kernel,
+)
 BF16, FP32 = torch.bfloat16, torch.float32
 # Heads, key heads, head dim, value dim, type, and the options after the scale.
 MODELS: dict[str, tuple[int, int, int, int, torch.dtype, dict[str, Any]]] = {

@@ -22,11 +22,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import flash_hopper
+from rooflight.ops.kernels import flash_hopper, flash_hopper_paged
 from rooflight.ops.kernels.flash_hopper_plan import Plan, plan_for
 
 from .test_ahead_of_time import DIVISIBLE, POINTERS
 from .test_paged_compiled import SHARED_OF_A_PROGRAM
+
+COMPILES = (flash_hopper._forward_kernel, flash_hopper_paged._prefill_kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def qkv(
 def test_compiles_for_hopper(head_dim, causal, window, dtype, compiled):
     flash_hopper.forward(*qkv(2, 2048, 16, 4, head_dim, dtype), head_dim**-0.5, causal, window)
     (kernel,) = compiled
-    plan = plan_for(head_dim)
+    plan = plan_for(head_dim, 2048)
     assert kernel.stack == 0 and kernel.shared <= SHARED_OF_A_PROGRAM
     products = sum(line.startswith("HGMMA") for line in kernel.code)
     scores, values = head_dim // 16, plan.keys // 16
@@ -128,7 +130,31 @@ def test_compiles_for_hopper(head_dim, causal, window, dtype, compiled):
     assert overwritten(kernel.code) == []
 
 
-@pytest.mark.parametrize("plan", [Plan(64, 4, 2, False), Plan(128, 2, 2, False)], ids=str)
+@pytest.mark.parametrize("plan", [Plan(64, 4, 2, False), Plan(128, 2, 2, True)], ids=str)
 def test_other_plans_compile(plan, compiled):
     flash_hopper.forward(*qkv(1, 512, 4, 4, 128, torch.bfloat16), 0.1, True, 0, plan)
     assert compiled[0].stack == 0
+
+
+def test_long_sequences_of_narrow_heads_compile(compiled):
+    flash_hopper.forward(*qkv(1, 4096, 4, 4, 64, torch.bfloat16), 0.1, True)
+    assert compiled[0].stack == 0 and overwritten(compiled[0].code) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pages_compile_for_hopper(head_dim, page, dtype, compiled):
+    q = torch.empty(3000, 16, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(500, page, 4, head_dim, dtype=dtype, device="meta")
+    table, contexts, starts = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((9, 250), 9, 10))
+    flash_hopper_paged.prefill(torch.empty_like(q), q, k, k, table, contexts, starts, head_dim**-0.5, 2)
+    (kernel,) = compiled
+    assert kernel.stack == 0 and kernel.shared <= SHARED_OF_A_PROGRAM
+    plan = flash_hopper_paged.plan_for(head_dim)
+    assert sum(line.startswith("HGMMA") for line in kernel.code) == plan.consumers * 3 * (head_dim // 16 + 128 // 16)
+    assert sum(line.startswith("WARPGROUP.DEPBAR") for line in kernel.code) == plan.consumers * 6
+    assert overwritten(kernel.code) == []
+    # Keys, then keys and values of each step, then values: so many boxes of 64 channels of a page; and q.
+    copies = 4 * (128 // page) * (head_dim // 64) + plan.consumers * (head_dim // 64)
+    assert sum(line.startswith("UTMALDG") for line in kernel.code) == copies

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflight.ops import activation, dispatch, grouped, routing
-from rooflight.ops.kernels.grouped_plan import FEW_MEAN_ROWS, Plan, is_few, plan_for
+from rooflight.ops import activation, dispatch, grouped, grouped_gated, routing
+from rooflight.ops.kernels.grouped_plan import Plan, plan_for
 
 from .oracle import assert_close, bits_equal
 
@@ -180,8 +180,12 @@ def test_rows_of_a_slice_and_what_is_not_finite_stays_in_its_row(interpret):
     assert y[4].isnan().all() and not y[[row for row in range(20) if row != 4]].isnan().any()
 
 
-def test_plans():
-    assert is_few(8, 128) and is_few(128 * FEW_MEAN_ROWS, 128) and not is_few(129 * FEW_MEAN_ROWS, 128)
+def test_plans(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.empty(128, 8, 8, dtype=BF16, device="meta")
+    most = grouped._FEW_MEAN_ROWS
+    monkeypatch.setattr(grouped, "_torchs_takes", lambda *_: True)
+    for rows, ours in ((8, True), (128 * most, True), (129 * most, False)):
+        assert grouped.is_ours(weight.new_empty((rows, 8)), weight) == ours
     for dtype in (FP32, BF16):
         for rows in (1, 8, 100, 5000, 65536):
             plan = plan_for(rows, 32, dtype)
@@ -199,6 +203,10 @@ def test_what_is_left_to_the_references():
     assert not takes(meta(0, 16), meta(8, 32, 16), None, counts)
     assert not takes(meta(4, 16), meta(8, 32, 16, dtype=FP32), None, counts)
     assert not takes(meta(4, 16, dtype=torch.float64), meta(8, 32, 16, dtype=torch.float64), None, counts)
+    takes = grouped_gated.grouped_gated_linear.kernel_takes
+    assert takes is not None and takes(meta(4, 16), meta(8, 32, 16), None, counts, "clamped_swiglu")
+    assert not takes(meta(4, 16), meta(8, 32, 16), None, counts, "tanh")
+    assert not takes(meta(4, 16), meta(8, 31, 16), None, counts, "silu")
     takes = dispatch.unpermute.kernel_takes
     assert takes is not None and takes(meta(4, 16), weights, source) and not takes(meta(0, 16), weights[:0], source)
     takes = dispatch.permute.kernel_takes

@@ -20,6 +20,21 @@ from rooflight.ops.kernels.grouped_plan import Plan
 from . import test_ahead_of_time as ahead
 from .test_paged_compiled import SHARED_OF_A_PROGRAM, programs_of_a_multiprocessor
 
+COMPILES = (
+    dispatch._permute_few_kernel,
+    dispatch._count_kernel,
+    dispatch._scan_kernel,
+    dispatch._place_kernel,
+    dispatch._copy_kernel,
+    dispatch._invert_kernel,
+    dispatch._combine_kernel,
+    dispatch._unpermute_backward_kernel,
+    grouped._linear_kernel,
+    grouped._add_bias_kernel,
+    grouped._bias_grad_kernel,
+    routing._route_kernel,
+    routing._route_backward_kernel,
+)
 # As much as memory of 4.8 TB/s and a latency of 0.7 µs wants of each of 132 multiprocessors.
 LEAST_BYTES_ON_THEIR_WAY = 25_000
 # Experts, experts a token, width, feed-forward width, biases.

@@ -5,11 +5,14 @@ The interpreter multiplies no bf16 matrices: that type is tested on a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from rooflight.ops.attention.paged_cuda import takes_attention, takes_write
+from rooflight.ops.kernels.paged_parts import Cut
 from rooflight.ops.kernels.paged_tile import Tiles
 
 from .oracle import assert_close, bits_equal
@@ -37,20 +40,65 @@ def test_types(interpret, queries, dtype, cache_dtype):
     assert_close(interpret("paged_attention.paged_attention", *args), exact(*args).to(dtype), dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])
+def scheduled(interpret, args: tuple[Any, ...], cut: Cut) -> Tensor:
+    table, contexts, starts = args[3:6]
+    longest, key_heads = table.shape[1] * args[1].shape[1], args[1].shape[2]
+    return interpret("paged_parts.attention_schedule", contexts, starts, longest, key_heads, args[9], cut)
+
+
+@pytest.mark.parametrize("cut", [Cut(1, 1600, 16), Cut(2, 16, 16), Cut(7, 1, 8), Cut(20, 48, 16), Cut(500, 16, 16)])
 @pytest.mark.parametrize("window", [0, 60])
-def test_splits_of_a_context(interpret, splits, window):
-    """However a context is split, twice the same: the programs' counters are zeros again."""
-    setup = Setup(ONES, (300, 1, 17, 64), heads=6, head_dim=24, page=8, window=window, sinks=True)
+def test_parts_of_a_context(interpret, cut, window):
+    """However contexts are cut, twice the same: the programs' counters are zeros again."""
+    setup = Setup(
+        (1, 1, 1, 1, 3, 0, 1), (300, 1, 17, 64, 90, 0, 150), heads=6, head_dim=24, page=8, window=window, sinks=True
+    )
     args = build(setup)
     q, keys, options = args[0], args[1:6], args[8:]
-    tiles = Tiles(16, 16, 4, 5)
+    tiles, schedule = Tiles(16, 16, 4, 5), scheduled(interpret, args, cut)
     found = []
     for _ in range(2):
-        _, left = interpret.call("paged_decode.decode", torch.empty_like(q), q, *keys, *options, True, tiles, splits)
-        found.append(left[0])
-    assert_close(found[0], exact(*args).float(), torch.float32)
+        _, left = interpret.call("paged_decode.decode", torch.empty_like(q), q, *keys, *options, True, schedule, tiles)
+        found.append(left[0][[0, 1, 2, 3, 7]])
+    assert_close(found[0], exact(*args)[[0, 1, 2, 3, 7]].float(), torch.float32)
     assert bits_equal(*found)
+
+
+@pytest.mark.parametrize(("sequences", "cut"), [(31, Cut(90, 16, 16)), (33, Cut(33, 1, 16)), (257, Cut(40, 1, 16))])
+def test_more_sequences_than_are_looked_at_together(interpret, sequences, cut):
+    contexts = tuple(37 * i % 83 for i in range(sequences))
+    queries = tuple(int(i % 7 != 3) for i in range(sequences))
+    args = build(Setup(queries, contexts, heads=1, key_heads=1, pad=5))
+    q, keys, options = args[0], args[1:6], args[8:]
+    call = (torch.empty_like(q), q, *keys, *options, True, scheduled(interpret, args, cut), Tiles(16, 16, 4, 5))
+    assert_close(interpret.call("paged_decode.decode", *call)[1][0], exact(*args).float(), torch.float32)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("cut", [Cut(1, 32, 32), Cut(9, 32, 32), Cut(33, 16, 16), Cut(300, 64, 32)], ids=str)
+@pytest.mark.parametrize(
+    "contexts", [(0,), (1,), (700,), (300, 0, 17, 64, 33, 1), tuple(37 * i % 301 for i in range(70))]
+)
+def test_a_schedule_is_a_partition(interpret, contexts, cut, window):
+    """Each key in sight stands in one part; a sequence's parts follow one another and are about equally long."""
+    queries = tuple(int(i % 7 != 3) + int(i % 7 == 4) for i in range(len(contexts)))
+    args = build(Setup(queries, contexts, heads=1, key_heads=1, window=window))
+    lines, starts = scheduled(interpret, args, cut), args[5].tolist()
+    parts: dict[int, list[list[int]]] = {b: [] for b, query in enumerate(queries) if query == 1}
+    for unit, (sequence, row, begin, end, part, count, rows, _) in enumerate(lines.tolist()):
+        assert rows == starts[-1]
+        if sequence >= 0:
+            assert row == starts[sequence]
+            parts[sequence].append([begin, end, part, count, unit])
+    total = sum(min(contexts[b], window or contexts[b]) for b in parts)
+    for b, found in parts.items():
+        oldest = max(0, contexts[b] - window) if window else 0
+        assert [part for _, _, part, _, _ in found] == list(range(len(found))) == [u - found[0][4] for *_, u in found]
+        assert {count for *_, count, _ in found} == {len(found)}
+        assert [begin for begin, *_ in found] == [oldest, *(end for _, end, *_ in found[:-1])]
+        assert found[-1][1] == contexts[b]
+        longest = max(cut.least, -(-total // cut.parts)) + (len(parts) + 2) * cut.step
+        assert all((end - begin) <= longest for begin, end, *_ in found)
 
 
 def test_empty_rows_are_zeros(interpret):

@@ -18,11 +18,17 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rooflight.ops.attention.paged_cuda import takes_attention
-from rooflight.ops.kernels import kv_cache, paged_attention, paged_decode
+from rooflight.ops.kernels import kv_cache, paged_attention, paged_decode, paged_parts, paged_prefill
 
 from . import test_ahead_of_time as ahead
 from .paged_oracle import FP8
 
+COMPILES = (
+    kv_cache._write_kernel,
+    paged_decode._decode_kernel,
+    paged_parts._schedule_kernel,
+    paged_prefill._prefill_kernel,
+)
 SHARED_OF_A_PROGRAM = 227 * 1024
 BF16, FP32 = torch.bfloat16, torch.float32
 # Heads, key heads, head dim, types of queries and cache, and the options after the scale.
@@ -79,7 +85,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setitem(ahead.POINTERS, FP8, "*fp8e4nv")
-    monkeypatch.setattr(paged_decode, "processors", lambda device: 132)
+    monkeypatch.setattr(paged_parts, "processors", lambda device: 132)
+    monkeypatch.setattr(paged_decode, "early_launch", lambda rows: rows <= 64)
     yield found
     for kernel, _ in found.values():
         print(f"\n{kernel}", end="")
@@ -119,15 +126,32 @@ def test_the_counter_is_read_after_every_warps_stores(compiled):
     atomic = sass.index("ATOMG")
     assert sass.rindex("BAR.SYNC", 0, atomic) > sass.rindex("STG", 0, sass.rindex("BAR.SYNC", 0, atomic))
     assert "STG" not in sass[sass.rindex("BAR.SYNC", 0, atomic) : atomic]
-    assert re.search(r"LDG\.E[\w.]*STRONG\.GPU", sass[atomic:])
+    # What this multiprocessor's own cache holds of them is older.
+    assert sass.index("CCTL.IVALL", atomic) < sass.index("LDG", atomic)
 
 
-@pytest.mark.parametrize(
-    ("sequences", "key_heads", "tiles", "splits"),
-    [(1, 8, 10**6, 33), (1, 8, 4, 4), (8, 8, 10**6, 5), (32, 8, 10**6, 2), (256, 8, 10**6, 1), (10**5, 8, 10, 1)],
-)
-def test_splits_fill_the_machine_and_no_more(sequences, key_heads, tiles, splits):
-    assert paged_decode.splits_of(sequences, key_heads, tiles, 132) == splits
+def test_nothing_of_the_kernel_before_is_read_before_waiting(compiled):
+    """Before the wait: no load and no store."""
+    paged_attention.paged_attention(*arguments("qwen3-0.6b", 64, 64))
+    sass = compiled["_decode_kernel"][1]
+    ahead_of_wait, behind = sass.split("ACQBULK")
+    assert not re.search(r"LDG|STG|ATOM", ahead_of_wait) and "PREEXIT" in ahead_of_wait and "LDGSTS" in behind
+
+
+def test_parts_fill_the_machine():
+    """A wave of programs for one sequence, several for many; never parts of fewer keys than pay."""
+    assert paged_parts.cut_of(1, 8, 132) == paged_parts.Cut(33, 32, 32)
+    assert paged_parts.cut_of(64, 8, 132) == paged_parts.Cut(132, 256, 64)
+
+
+@pytest.mark.parametrize("sequences", [1, 256])
+def test_the_schedule_compiles_for_hopper(sequences, compiled):
+    contexts, starts = meta(sequences, dtype=torch.int32), meta(sequences + 1, dtype=torch.int32)
+    assert paged_parts.attention_schedule(contexts, starts, 40960, 8, 0).shape == (
+        (34, 8) if sequences == 1 else (388, 8)
+    )
+    kernel, _ = compiled["_schedule_kernel"]
+    assert kernel.stack == 0
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, FP8], ids=str)

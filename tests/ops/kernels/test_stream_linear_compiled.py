@@ -22,11 +22,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import stream_linear
+from rooflight.ops.kernels import stream_kernel, stream_linear
 from rooflight.ops.kernels.stream_plan import plan_for, room_of
 
 from .test_ahead_of_time import REGISTERS_OF_A_MULTIPROCESSOR, SHARED_OF_A_MULTIPROCESSOR, _type_of
 
+COMPILES = (stream_kernel.stream_linear_kernel,)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
