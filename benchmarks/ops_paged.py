@@ -1,10 +1,13 @@
 """Attention over the paged cache on a GPU: bandwidth of decoding, TFLOP/s of prefill beside torch's SDPA, mixed steps.
 
-    python benchmarks/ops_paged.py [--tune]        (about a minute on an H200; with --tune five)
+    python benchmarks/ops_paged.py [PART ...] [--tune]        (about a minute on an H200; with --tune ten)
 
+Parts are decode, ragged (contexts drawn from 100…2048), prefill, mixed and write; without any, all are measured.
 Calls run in a CUDA graph; inputs take turns through more blocks than the L2 cache holds. Bytes are those of the keys,
-values, queries and outputs; shares are of the bandwidth in the same run and of 989 TFLOP/s. Block tables are as wide as
-40,960 tokens want, as an engine's are. `--tune` tries other launch constants and prints the best of each shape.
+values, queries and outputs; shares are of the bandwidth in the same run and of 989 TFLOP/s; tiles: µs of the kernel for
+any GPU in place of Hopper's. Block tables are as wide as 40,960 tokens want, as an engine's are. `--tune` tries other
+launch constants and prints the best of each shape; decoding's are keys/warps/stages of a tile, parts for each
+multiprocessor, and keys of a part at least.
 Shapes are those of "paged decode attention" in ANCHORS and of Qwen3-0.6B: 16 query heads on 8 key heads of 128.
 """
 
@@ -12,19 +15,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from rooflight.hardware.timing import time_call
-from rooflight.ops.attention import paged_attention, write_kv
-from rooflight.ops.kernels import paged_decode, paged_prefill
+from rooflight.ops.attention import attention_schedule, paged_attention, write_kv
+from rooflight.ops.kernels import ceil_div, flash_hopper_paged, paged_decode, paged_parts, paged_prefill, processors
+from rooflight.ops.kernels.paged_parts import Cut
 from rooflight.ops.kernels.paged_tile import Tiles
 
 COLD_BYTES = 256 * 2**20
@@ -62,6 +69,13 @@ def decode(batch: int, context: int, heads: int, key_heads: int) -> Shape:
     return Shape(label, heads, key_heads, (1,) * batch, (context,) * batch)
 
 
+def ragged(batch: int, heads: int, key_heads: int) -> Shape:
+    """As an offline run decodes: requests at every point of their lives."""
+    draw = random.Random(batch)
+    contexts = tuple(draw.randint(100, 2048) for _ in range(batch))
+    return Shape(f"ragged {batch}×U(100,2048) {heads}:{key_heads}", heads, key_heads, (1,) * batch, contexts)
+
+
 def prefill(batch: int, tokens: int, heads: int, key_heads: int) -> Shape:
     return Shape(
         f"prefill {batch}×{tokens} {heads}:{key_heads}", heads, key_heads, (tokens,) * batch, (tokens,) * batch
@@ -73,9 +87,10 @@ DECODES = [
         decode(b, c, 32, 8)
         for b, c in ((1, 8192), (1, 65536), (8, 8192), (32, 4096), (128, 2048), (128, 512), (128, 300))
     ),
-    *(decode(b, c, 16, 8) for b, c in ((256, 600), (128, 256), (1, 256), (32, 256), (1, 1024))),
-    Shape("decode 64×U(1,2048) 32:8", 32, 8, (1,) * 64, tuple(1 + 2047 * i * 37 % 64 * 32 for i in range(64))),
+    decode(1, 65536, 64, 8),
+    *(decode(b, c, 16, 8) for b, c in ((256, 600), (128, 256), (1, 256), (8, 256), (32, 256), (1, 1024), (1, 8192))),
 ]
+RAGGED = [ragged(b, h, 8) for h in (16, 32, 64) for b in (256, 128, 64, 16)]
 PREFILLS = [prefill(b, t, h, 8) for h in (16, 32) for b, t in ((1, 1024), (1, 8192), (16, 1024))]
 MIXED = [
     Shape("mixed 64×1024, chunk 1×1984 of 4096, 16:8", 16, 8, (1,) * 64 + (1984,), (1024,) * 64 + (4096,)),
@@ -83,6 +98,7 @@ MIXED = [
     Shape("chunk 1×2048 of 16384, 32:8", 32, 8, (2048,), (16384,)),
     Shape("chunk 1×64 of 16384, 32:8", 32, 8, (64,), (16384,)),
 ]
+SHAPES: dict[str, list[Shape]] = {"decode": DECODES, "ragged": RAGGED, "prefill": PREFILLS, "mixed": MIXED}
 
 
 def sets_of(shape: Shape) -> list[Args]:
@@ -95,13 +111,16 @@ def sets_of(shape: Shape) -> list[Args]:
     starts = torch.tensor([0, *itertools.accumulate(shape.queries)], dtype=torch.int32, device="cuda")
     contexts = torch.tensor(shape.contexts, dtype=torch.int32, device="cuda")
     width = max(MODEL_LENGTH // PAGE, *needed)
+    # Made once a step, for all layers: no part of an attention's time.
+    schedule = attention_schedule(contexts, starts, width * PAGE, shape.key_heads, 0)
     sets = []
     for first in range(0, len(order), len(needed)):
         table = torch.zeros(len(needed), width, dtype=torch.int32, device="cuda")
         for row, chosen in zip(table, order[first:]):
             row[: len(chosen)] = chosen
         q = torch.randn(sum(shape.queries), shape.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        sets.append((q, k, v, table, contexts, starts, max(shape.queries), HEAD_DIM, HEAD_DIM**-0.5, 0, 0.0, None))
+        mask = (HEAD_DIM**-0.5, 0, 0.0, None)
+        sets.append((q, k, v, table, contexts, starts, max(shape.queries), HEAD_DIM, *mask, schedule))
     return sets
 
 
@@ -124,6 +143,12 @@ def error_of(args: Args, shape: Shape) -> float:
 
 def seconds(fn: Callable[..., Any], sets: Sequence[Args], budget: float = 0.1) -> float:
     return time_call([lambda args=args: fn(*args) for args in sets], device="cuda", budget_seconds=budget).seconds
+
+
+def with_tiles(*args: Any) -> Tensor:
+    """The same by the kernel of `paged_prefill`, also where Hopper's own takes the call."""
+    with mock.patch.object(flash_hopper_paged, "takes", return_value=False):
+        return paged_attention(*args)
 
 
 def read_bandwidth() -> float:
@@ -161,29 +186,39 @@ def sdpa(shape: Shape, backend: SDPBackend) -> float:
     return seconds(run, sets)
 
 
-def table() -> None:
+def table(parts: Sequence[str]) -> None:
     roof = max(copy_bandwidth(), read_bandwidth())
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, best of copy and read {roof / 1e12:.2f} TB/s")
-    print(f"{'shape':44} {'µs':>9} {'MiB':>8} {'rate':>12} {'of roof':>8} {'cuDNN':>8} {'flash':>8}  error")
-    for shape in (*DECODES, *PREFILLS, *MIXED):
-        sets = sets_of(shape)
-        error, took = error_of(sets[0], shape), seconds(paged_attention, sets)
-        peers = ""
-        if shape in DECODES:
-            rate, share = f"{shape.bytes / took / 1e12:.2f} TB/s", shape.bytes / took / roof
-        else:
-            rate, share = f"{shape.flops / took / 1e12:.0f} TFLOP/s", shape.flops / took / PEAK_FLOPS
-        if shape in PREFILLS:
-            for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-                peers += f" {sdpa(shape, backend) * 1e6:8.1f}"
-        size = shape.bytes / 2**20
-        print(
-            f"{shape.label:44} {took * 1e6:9.1f} {size:8.1f} {rate:>12} {share:8.1%}{peers:18}  {error:.1e}", flush=True
-        )
-        del sets
-        torch.cuda.empty_cache()
-    for tokens in (1, 256, 8192):
-        _scatter(tokens, roof)
+    print(
+        f"{'shape':44} {'µs':>9} {'MiB':>8} {'rate':>12} {'of roof':>8} {'tiles':>8} {'cuDNN':>8} {'flash':>8}  error"
+    )
+    for part in parts:
+        for shape in SHAPES.get(part, ()):
+            try:
+                _row(shape, part, roof)
+            except (RuntimeError, TritonError, OutOfResources) as error:
+                print(f"{shape.label:44} {type(error).__name__}: {str(error)[:80]}", flush=True)
+            torch.cuda.empty_cache()
+    if "write" in parts:
+        for tokens in (1, 256, 8192):
+            _scatter(tokens, roof)
+
+
+def _row(shape: Shape, part: str, roof: float) -> None:
+    sets = sets_of(shape)
+    error, took = error_of(sets[0], shape), seconds(paged_attention, sets)
+    peers = ""
+    if part in ("decode", "ragged"):
+        rate, share = f"{shape.bytes / took / 1e12:.2f} TB/s", shape.bytes / took / roof
+    else:
+        rate, share = f"{shape.flops / took / 1e12:.0f} TFLOP/s", shape.flops / took / PEAK_FLOPS
+    if part in ("prefill", "mixed"):
+        peers = f" {seconds(with_tiles, sets) * 1e6:8.1f}"
+    if part == "prefill":
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            peers += f" {sdpa(shape, backend) * 1e6:8.1f}"
+    size = shape.bytes / 2**20
+    print(f"{shape.label:44} {took * 1e6:9.1f} {size:8.1f} {rate:>12} {share:8.1%}{peers:27}  {error:.1e}", flush=True)
 
 
 def _scatter(tokens: int, roof: float) -> None:
@@ -204,14 +239,15 @@ def _scatter(tokens: int, roof: float) -> None:
     print(f"{label:44} {took * 1e6:9.1f} {2 * row * tokens / 2**20:8.1f} {rate / 1e12:7.2f} TB/s {rate / roof:8.1%}")
 
 
-def _decode_choices() -> Iterator[tuple[Tiles, int]]:
-    constants = (
-        *((64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 2, 5), (32, 4, 5), (32, 4, 7), (32, 2, 5), (32, 2, 7)),
-        *((32, 1, 5), (16, 1, 7), (128, 4, 3), (128, 4, 5), (128, 8, 5)),
-    )
-    for keys, warps, stages in constants:
-        for programs in (2, 4, 8):
-            yield Tiles(16, keys, warps, stages), programs
+def _decode_choices(key_heads: int) -> Iterator[tuple[Tiles, Cut, str]]:
+    multiprocessors = processors(torch.device("cuda"))
+    for keys, warps, stages in (
+        *((64, 4, 3), (64, 4, 5), (64, 2, 5), (32, 4, 5), (32, 2, 5), (32, 1, 5), (32, 1, 7), (16, 1, 7)),
+    ):
+        for programs in (1, 2, 3, 4, 6, 8, 12, 16):
+            for least in (32, 128, 256):
+                cut = Cut(ceil_div(programs * multiprocessors, key_heads), max(least, keys), keys)
+                yield Tiles(16, keys, warps, stages), cut, f"{keys}/{warps}/{stages} {programs} of {least}"
 
 
 def _prefill_choices() -> Iterator[Tiles]:
@@ -234,33 +270,36 @@ def _tried(run: Callable[..., None], sets: Sequence[Args]) -> float:
 def _report(shape: Shape, tried: list[tuple[float, str]]) -> None:
     before = tried[0]
     tried.sort()
-    best = "; ".join(f"{took * 1e6:.1f} µs {what}" for took, what in tried[:4])
-    print(f"{shape.label:44} default {before[0] * 1e6:.1f} µs ({before[1]}); best {best}", flush=True)
+    best = "; ".join(f"{took * 1e6:.1f} µs {what}" for took, what in tried[:5])
+    print(f"{shape.label:44} default {before[0] * 1e6:.1f} µs; best {best}", flush=True)
 
 
-def tune() -> None:
-    """Other launch constants: tiles and programs a multiprocessor for decoding, tiles for prefill."""
-    usual = paged_decode.PROGRAMS
-    for shape in DECODES:
-        sets = sets_of(shape)
-        out = torch.empty_like(sets[0][0])
-        default = paged_decode.tiles_of(
-            HEAD_DIM, shape.heads // shape.key_heads, torch.bfloat16, 2, len(shape.queries) * shape.key_heads
-        )
-        tried = []
-        for tiles, programs in ((default, usual), *_decode_choices()):
-            paged_decode.PROGRAMS = programs
+def scheduled(args: Args, cut: Cut | None) -> Tensor:
+    longest = args[3].shape[1] * PAGE
+    return paged_parts.attention_schedule(args[4], args[5], longest, args[1].shape[2], 0, cut)
 
-            def run(*args: Any, tiles: Tiles = tiles, out: Tensor = out) -> None:
-                options: Args = (*args[:6], *args[8:])
-                paged_decode.decode(out, *options, alone=True, tiles=tiles)
 
-            tried.append((_tried(run, sets), f"{tiles.keys}/{tiles.warps}/{tiles.stages} ×{programs}"))
-        _report(shape, tried)
-        del sets, run
+def _tune_decode(shape: Shape) -> None:
+    sets = sets_of(shape)
+    out = torch.empty_like(sets[0][0])
+    tried = []
+    for tiles, cut, what in ((None, None, "the rule"), *_decode_choices(shape.key_heads)):
+        schedule = scheduled(sets[0], cut)
+
+        def run(*args: Any, tiles: Tiles | None = tiles, schedule: Tensor = schedule) -> None:
+            options: Args = (*args[:6], *args[8:12])
+            paged_decode.decode(out, *options, alone=True, schedule_UX=schedule, tiles=tiles)
+
+        tried.append((_tried(run, sets), what))
+    _report(shape, tried)
+
+
+def tune(parts: Sequence[str]) -> None:
+    """Other launch constants: tiles and cuts for decoding, tiles for prefill."""
+    for shape in itertools.chain.from_iterable(SHAPES[part] for part in parts if part in ("decode", "ragged")):
+        _tune_decode(shape)
         torch.cuda.empty_cache()
-    paged_decode.PROGRAMS = usual
-    for shape in PREFILLS:
+    for shape in PREFILLS if "prefill" in parts else ():
         sets = sets_of(shape)
         out = torch.empty_like(sets[0][0])
         default = paged_prefill.tiles_of(HEAD_DIM, shape.heads // shape.key_heads, torch.bfloat16)
@@ -268,7 +307,7 @@ def tune() -> None:
         for tiles in (default, *_prefill_choices()):
 
             def run(*args: Any, tiles: Tiles = tiles, out: Tensor = out) -> None:
-                options: Args = (*args[:6], *args[8:])
+                options: Args = (*args[:6], *args[8:12])
                 paged_prefill.prefill(out, *options, least=1, tiles=tiles)
 
             tried.append((_tried(run, sets), f"{tiles.rows}/{tiles.keys}/{tiles.warps}/{tiles.stages}"))
@@ -279,14 +318,15 @@ def tune() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[*SHAPES, "write"], metavar="PART")
     parser.add_argument("--tune", action="store_true", help="then try other launch constants")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU; none is visible")
     with torch.no_grad():
-        table()
+        table(options.parts)
         if options.tune:
-            tune()
+            tune(options.parts)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _BY_OPERATION = {
     "layer_norm_backward": "norm and residual",
     "rotary": "rotary",
     "rotary_table": "rotary",
+    "attention_schedule": "scores",
     "write_kv": "KV cache write",
     "gather_kv": "KV gather",
     "attention_scores": "scores",

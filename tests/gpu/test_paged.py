@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflight.ops.attention import paged_attention, write_kv
+from rooflight.ops.attention import attention_schedule, paged_attention, write_kv
 from tests.ops.kernels.paged_oracle import FP8, Setup, build, drawn, exact, with_types
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels_only")]
@@ -28,7 +28,7 @@ def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the reference ran, not the kernel")
 
-    for op in (paged_attention, write_kv):
+    for op in (attention_schedule, paged_attention, write_kv):
         monkeypatch.setattr(op, "reference", refuse)
     empty = Tensor.new_empty
     monkeypatch.setattr(
@@ -91,6 +91,31 @@ def test_long_contexts_and_their_splits(contexts):
     first = check(args)
     for _ in range(20):
         assert torch.equal(first, paged_attention(*args))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8])
+@pytest.mark.parametrize("sequences", [16, 64, 300])
+def test_ragged_batches(sequences, heads):
+    """Contexts of every length, some of them none; more sequences than a program looks at together."""
+    contexts = tuple(0 if i % 11 == 5 else 37 * i * i % 1999 + 1 for i in range(sequences))
+    setup = Setup((1,) * sequences, contexts, heads=heads, key_heads=1, head_dim=128, pad=3)
+    args = build(with_types(setup, torch.bfloat16, torch.bfloat16), "cuda")
+    first = check(args)
+    for _ in range(5):
+        assert torch.equal(first, paged_attention(*args))
+
+
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("queries", [(1, 1, 1, 1), (1, 1, 90, 0, 1)], ids=["decode", "mixed"])
+def test_a_schedule_serves_all_layers(queries, window):
+    contexts = (5000, 3, 700, 64, 9)[: len(queries)]
+    setup = Setup(queries, contexts, heads=8, key_heads=2, head_dim=128, window=window, pad=2)
+    args = build(with_types(setup, torch.bfloat16, torch.bfloat16), "cuda")
+    longest = args[3].shape[1] * args[1].shape[1]
+    schedule = attention_schedule(args[4], args[5], longest, args[1].shape[2], window)
+    first = check(args)
+    for _ in range(3):
+        assert torch.equal(first, paged_attention(*args, schedule))
 
 
 def test_a_graph_serves_other_contexts_than_it_was_captured_with():

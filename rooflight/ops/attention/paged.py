@@ -77,6 +77,7 @@ def _paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
+    schedule_UX: Tensor | None = None,
 ) -> Tensor:
     if paged_cpu.takes(q_THE, k_NPKE, v_NPKU, softcap):
         layout = (block_table_BM, context_lengths_B, query_starts_B1)
@@ -146,6 +147,7 @@ def _paged_attention_cost(
     window: int,
     softcap: float,
     sinks_H: Tensor | None,
+    schedule_UX: Tensor | None,
 ) -> Cost:
     tokens, heads, head_dim = q_THE.shape
     key_heads = k_NPKE.shape[2]

@@ -16,6 +16,7 @@ MOST_HEAD_DIM = 256
 # Heads of a group share a tile, whose output lies in registers: powers of two of the group times the head dim.
 MOST_ELEMENTS = 8192
 MOST_GROUP_FP32 = 16
+LINE = 8  # numbers that a schedule says of a part
 
 
 def _integers(*tensors: Tensor) -> bool:
@@ -47,6 +48,7 @@ def takes_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
+    schedule_UX: Tensor | None = None,
 ) -> bool:
     """Whether `kernels.paged_attention` computes this call: keys and values equally wide, each in its own cache."""
     head_dim, key_heads = k_NPKE.shape[3], k_NPKE.shape[2]
@@ -61,6 +63,14 @@ def takes_attention(
         and k_NPKE.dtype in CACHE_DTYPES
         and k_NPKE.stride() == v_NPKU.stride()
         and k_NPKE.stride(3) == 1
+        and k_NPKE.stride(0) % k_NPKE.stride(1) == 0
         and _integers(block_table_BM, context_lengths_B, query_starts_B1)
         and scale > 0
     )
+
+
+def takes_schedule(
+    context_lengths_B: Tensor, query_starts_B1: Tensor, longest: int, key_heads: int, window: int
+) -> bool:
+    """Whether `kernels.paged_parts.attention_schedule` computes this call."""
+    return _integers(context_lengths_B, query_starts_B1)

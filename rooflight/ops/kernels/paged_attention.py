@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rooflight.ops.kernels import flash_hopper_paged
 from rooflight.ops.kernels.paged_decode import decode
 from rooflight.ops.kernels.paged_prefill import prefill
 
@@ -25,6 +26,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
+    schedule_UX: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q·kᵀ) · v over each sequence's blocks, causal: [T, H, E], zeros in rows of no sequence.
 
@@ -37,11 +39,15 @@ def paged_attention(
     cache = (k_NPKE, v_NPKE, block_table_BM, context_lengths_B, query_starts_B1)
     options = (scale, window, softcap, sinks_H)
     if max_query == 1:
-        decode(out_THE, q_THE, *cache, *options, alone=True)
+        decode(out_THE, q_THE, *cache, *options, alone=True, schedule_UX=schedule_UX)
         return out_THE
     # A single sequence has more than one new token here, or is as well served by the tiles.
     mixed = block_table_BM.shape[0] > 1
     if mixed:
-        decode(out_THE, q_THE, *cache, *options, alone=False)
-    prefill(out_THE, q_THE, *cache, *options, least=2 if mixed else 1)
+        decode(out_THE, q_THE, *cache, *options, alone=False, schedule_UX=schedule_UX)
+    least = 2 if mixed else 1
+    if flash_hopper_paged.takes(q_THE, k_NPKE, v_NPKE, block_table_BM, max_query, *options):
+        flash_hopper_paged.prefill(out_THE, q_THE, *cache, scale, least)
+    else:
+        prefill(out_THE, q_THE, *cache, *options, least)
     return out_THE

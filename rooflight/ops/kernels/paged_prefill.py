@@ -35,10 +35,10 @@ def _over_keys(
     position_R,
     begin,
     end,
-    block_stride,
-    token_stride,
+    block_rows,
     scale,
     softcap,
+    TOKEN_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -58,7 +58,7 @@ def _over_keys(
             visible_RN = visible_RN & (position_N[None, :] > position_R[:, None] - WINDOW)
             # The first row sees the oldest keys; the blocks of those before may be another sequence's by now.
             inside_N = inside_N & (position_N > tl.min(position_R, 0) - WINDOW)
-        rows_N = cache_rows(table_ptr, position_N, inside_N, block_stride, token_stride, PAGE, MASKED)
+        rows_N = cache_rows(table_ptr, position_N, inside_N, block_rows, TOKEN_STRIDE, PAGE, MASKED)
         k_NE = load_rows(k_ptr, rows_N, inside_N, HEAD_DIM, BLOCK_E, MASKED)
         v_NE = load_rows(v_ptr, rows_N, inside_N, HEAD_DIM, BLOCK_E, MASKED)
         out_RE, peak_R, total_R = absorb(
@@ -85,9 +85,9 @@ def _prefill_kernel(
     table_stride,
     q_token_stride,
     q_head_stride,
-    block_stride,
-    token_stride,
+    block_rows,
     head_stride,
+    TOKEN_STRIDE: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -162,10 +162,10 @@ def _prefill_kernel(
             position_R,
             0,
             whole,
-            block_stride,
-            token_stride,
+            block_rows,
             scale,
             softcap,
+            TOKEN_STRIDE,
             HEAD_DIM,
             PAGE,
             WINDOW,
@@ -187,10 +187,10 @@ def _prefill_kernel(
         position_R,
         whole,
         end,
-        block_stride,
-        token_stride,
+        block_rows,
         scale,
         softcap,
+        TOKEN_STRIDE,
         HEAD_DIM,
         PAGE,
         WINDOW,
@@ -254,9 +254,9 @@ def prefill(
         block_table_BM.stride(0),
         q_THE.stride(0),
         q_THE.stride(1),
-        k_NPKE.stride(0),
-        k_NPKE.stride(1),
+        k_NPKE.stride(0) // k_NPKE.stride(1),
         k_NPKE.stride(2),
+        TOKEN_STRIDE=k_NPKE.stride(1),
         KEY_HEADS=key_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

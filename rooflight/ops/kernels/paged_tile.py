@@ -38,13 +38,16 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def cache_rows(table_ptr, position_N, inside_N, block_stride, token_stride, PAGE: tl.constexpr, MASKED: tl.constexpr):
-    """Offsets at which the keys of these positions lie; a cache may hold more elements than 32 bits count."""
+def cache_rows(
+    table_ptr, position_N, inside_N, block_rows, TOKEN_STRIDE: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Offsets at which the keys of these positions lie; block_rows: tokens' rows from one block to the next."""
     if MASKED:
         block_N = tl.load(table_ptr + position_N // PAGE, inside_N, 0)
     else:
         block_N = tl.load(table_ptr + position_N // PAGE)
-    return block_N.to(tl.int64) * block_stride + (position_N % PAGE) * token_stride
+    # Rows fit into 32 bits, and what they are multiplied by is known: one instruction. Elements may not fit.
+    return (block_N.to(tl.int32) * block_rows + position_N % PAGE).to(tl.int64) * TOKEN_STRIDE
 
 
 @triton.jit

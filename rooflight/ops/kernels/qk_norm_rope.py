@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rooflight.ops.kernels import ceil_div, power_of_2, processors
+from rooflight.ops.kernels import ceil_div, early_launch, power_of_2, processors
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,12 @@ def _rotate_and_cache_kernel(
     WIDE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        # In this order: the next kernel may read at its start what is older than this one.
+        gdc_wait()
+        gdc_launch_dependents()
     q_tiles, k_tiles = tl.cdiv(tokens * HEADS, ROWS), tl.cdiv(tokens * KEY_HEADS, ROWS)
     tile = tl.program_id(0)
     if tile < q_tiles:
@@ -214,11 +220,12 @@ def rotate_and_cache(
     eps: float = 0.0,
     offset: float = 0.0,
     tile: Tile | None = None,
+    early: bool | None = None,
 ) -> Tensor:
     """q' = rotary(norm(q)), contiguous; rotary(norm(k)) and v to the cache's slots, those below 0 left out.
 
     The norms are RMSNorm over E by (offset + weight), left out without a weight; the first 2·C of E dimensions turn.
-    Slot n·P + p is place p of block n. Two tokens with one slot leave either's.
+    Slot n·P + p is place p of block n. Two tokens with one slot leave either's. tile, early: instead of the rule's.
     """
     qkv = qkv_TW if qkv_TW.stride(1) == 1 else qkv_TW.contiguous()
     tokens, channels = cos_TC.shape
@@ -229,6 +236,7 @@ def rotate_and_cache(
     wide_block, rest = power_of_2(head_dim), head_dim - 2 * channels
     tile = tile or tile_of(qkv.numel(), processors(qkv.device))
     rows = max(1, tile.elements // wide_block)
+    early = early_launch(tokens) if early is None else early
     programs = ceil_div(tokens * heads, rows) + 2 * ceil_div(tokens * key_heads, rows)
     _rotate_and_cache_kernel[(programs,)](
         qkv,
@@ -253,6 +261,8 @@ def rotate_and_cache(
         WIDE_BLOCK=wide_block,
         ROWS=rows,
         INTERLEAVED=interleaved,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return out_THE
