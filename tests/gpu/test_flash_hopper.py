@@ -1,4 +1,4 @@
-"""The Hopper attention kernel on a GPU against fp64, by FlashAttention's protocol: at most twice torch's own error."""
+"""The Hopper attention kernels on a GPU against fp64, by FlashAttention's protocol: at most twice torch's own error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.kernels.flash_hopper_plan import takes
+from tests.ops.kernels.paged_oracle import Setup, build, exact, with_types
 
 pytestmark = pytest.mark.gpu
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
@@ -111,3 +112,74 @@ def test_replays_from_a_graph():
         out[0].zero_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+
+
+def check_pages(setup: Setup, dtype: torch.dtype = torch.bfloat16, least: int = 2) -> None:
+    """All rows, twice; then only those of sequences with `least` new tokens, and the rows beyond the last sequence."""
+    from rooflight.ops.kernels.flash_hopper_paged import prefill
+    from rooflight.ops.kernels.flash_hopper_paged import takes as takes_pages
+
+    args = build(with_types(setup, dtype, dtype), "cuda")
+    q, k, v, table, contexts, starts, most, _, scale, *options = args
+    assert takes_pages(q, k, v, table, most, scale, *options)
+    want, plain = exact(*args), exact(*args, dtype=dtype)
+    found = []
+    for fewest in (1, 1, least):
+        found.append(torch.full_like(q, float("nan")))
+        prefill(found[-1], q, k, v, table, contexts, starts, scale, fewest)
+    allowed = 2 * (plain - want).abs().max() + FLOOR[dtype] * want.abs().max()
+    error = (found[0] - want).abs().max()
+    assert not found[0].isnan().any() and error <= allowed, f"{error:.2e} where {allowed:.2e} are allowed"
+    assert torch.equal(found[0], found[1])
+    lengths = [*setup.queries, setup.pad]
+    chosen = [n >= least for n in setup.queries] + [True]
+    mine = torch.tensor(chosen).repeat_interleave(torch.tensor(lengths)).cuda()
+    assert torch.equal(found[2][mine], found[0][mine]) and found[2][~mine].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pages(head_dim, page, dtype):
+    """Prompts, chunks behind a prefix, decodes between them, and padding."""
+    queries, contexts = (300, 1, 129, 64, 1, 128, 2), (300, 700, 1000, 64, 5, 1023, 2)
+    check_pages(Setup(queries, contexts, heads=6, key_heads=2, head_dim=head_dim, page=page, pad=9), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("prefix", [0, 1, 15, 16, 17, 63, 64, 100, 127, 128, 129, 500])
+def test_pages_behind_a_prefix(prefix, head_dim):
+    queries = (65, 200)
+    check_pages(Setup(queries, tuple(n + prefix for n in queries), heads=4, key_heads=1, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("sequences", [127, 128, 129, 500])
+def test_pages_of_many_sequences(sequences):
+    """Some without new tokens, some with an empty context, in more groups than are counted at once."""
+    queries = tuple(130 if i == 3 else 37 * i * i % 11 for i in range(sequences))
+    contexts = tuple(n + i % 40 if n else 0 for i, n in enumerate(queries))
+    check_pages(Setup(queries, contexts, heads=4, key_heads=2, head_dim=64, pad=140, index=torch.int64))
+
+
+def test_pages_of_more_tiles_than_programs():
+    check_pages(Setup((400, 1, 260), (700, 300, 260), heads=48, key_heads=8, head_dim=128, pad=300))
+
+
+def test_a_graph_serves_other_lengths_than_it_was_captured_with():
+    from rooflight.ops.kernels.flash_hopper_paged import prefill
+
+    setup = Setup((150, 100, 50), (400, 130, 60), heads=4, key_heads=2, head_dim=128)
+    args = build(with_types(setup, torch.bfloat16, torch.bfloat16), "cuda")
+    q, k, v, table, contexts, starts, _, _, scale, *_ = args
+    out = torch.full_like(q, float("nan"))
+    prefill(out, q, k, v, table, contexts, starts, scale, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prefill(out, q, k, v, table, contexts, starts, scale, 1)
+    for cut in ((0, 150, 250, 300), (0, 10, 10, 70), (0, 0, 1, 30), (0, 150, 250, 300)):
+        starts.copy_(torch.tensor(cut))
+        out.fill_(float("nan"))
+        graph.replay()
+        want = exact(*args)
+        assert (out - want).abs().max() <= 2e-2 * want.abs().max() and not out[cut[-1] :].any()

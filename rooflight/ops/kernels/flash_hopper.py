@@ -91,7 +91,7 @@ def _forward_kernel(
     barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     board = (slots, slot_ready, slot_empty)
     sizes = (queries, keys, heads, group, tiles, section, blocks, window, all_heads)
-    plan: gl.constexpr = (BLOCK_N, STAGES, CONSUMERS, HEAD_DIM, CAUSAL, WINDOWED, PINGPONG)
+    plan: gl.constexpr = (BLOCK_N, STAGES, CONSUMERS, HEAD_DIM, CAUSAL, WINDOWED, PINGPONG, 0)
     shared = (buffers, barriers, board, turns, o_desc, o_smem, lse_ptr, sizes, scale_log2)
     copied = ((q_desc, k_desc, v_desc), counter_ptr, buffers, barriers, board, sizes)
     if CONSUMERS == 2:
@@ -142,7 +142,7 @@ def forward(
     """
     batch, queries, heads, head_dim = q_BQHE.shape
     keys, key_heads = k_BSKE.shape[1:3]
-    plan = plan or plan_for(head_dim)
+    plan = plan or plan_for(head_dim, keys)
     window = window if window < keys else 0
     out = q_BQHE.new_empty(q_BQHE.shape)
     lse = q_BQHE.new_empty((batch, heads, queries), dtype=torch.float32)

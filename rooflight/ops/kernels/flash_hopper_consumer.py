@@ -26,6 +26,7 @@ from rooflight.ops.kernels.flash_hopper_tiles import ROWS, key_tiles, receive, t
 LN2 = gl.constexpr(0.6931471805599453)
 # Finite, so that a row that has seen no key yet subtracts no infinities.
 NO_MAXIMUM = gl.constexpr(-1e30)
+SWIZZLED = gl.constexpr(64)  # channels of a row in 128 bytes, which the tensor cores want to lie together
 
 
 @gluon.jit
@@ -74,12 +75,33 @@ def _hide(s, row, col, keys, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexp
 
 
 @gluon.jit
-def consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
-    """A warpgroup: 64 queries of each tile, from their scores to the output."""
-    buffers, barriers, board, turns, o_desc, o_smem, lse_ptr, sizes, scale_log2 = shared
-    q_smem, k_smem, v_smem = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    queries, keys, heads, _, tiles, section, blocks, window, all_heads = sizes
+def _clear(v_smem, stage, keys, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Zero what a page of values holds behind the last key: a NaN there would survive its weight of zero.
+
+    Every warpgroup does, writing the same, so that none waits for another.
+    """
+    PAGES: gl.constexpr = BLOCK_N // PAGE
+    PARTS: gl.constexpr = HEAD_DIM // SWIZZLED
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    pages = v_smem._reinterpret(v_smem.dtype, [v_smem.shape[0] * PARTS * PAGES, PAGE, SWIZZLED], TILE)
+    row = gl.expand_dims(gl.arange(0, PAGE, layout=gl.SliceLayout(1, SPREAD)), 1)
+    for part in gl.static_range(PARTS):
+        page = pages.index((stage * PARTS + part) * PAGES + keys % BLOCK_N // PAGE)
+        v = page.load(SPREAD)
+        page.store(gl.where(row < keys % PAGE, v, gl.zeros_like(v)))
+    fence_async_shared()
+
+
+@gluon.jit
+def attend(q, rings, barriers, turns, count, played, seen, window, scale_log2, WHICH: gl.constexpr, plan: gl.constexpr):
+    """The weighed values of a tile's 64 queries and their log-sum-exp.
+
+    seen: position of the first query, that of every query, tiles of keys from the first to the last, and keys in all.
+    """
+    k_smem, v_smem = rings
+    _, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    first, row, low, last, keys = seen
     BLOCK_N: gl.constexpr = plan[0]
     STAGES: gl.constexpr = plan[1]
     CONSUMERS: gl.constexpr = plan[2]
@@ -87,16 +109,114 @@ def consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
     CAUSAL: gl.constexpr = plan[4]
     WINDOWED: gl.constexpr = plan[5]
     PINGPONG: gl.constexpr = plan[6]
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    dtype: gl.constexpr = q_smem.dtype
+    PAGE: gl.constexpr = plan[7]
+    dtype: gl.constexpr = q.dtype
     S_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     P_MMA: gl.constexpr = gl.DotOperandLayout(0, O_MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_MMA)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_MMA)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q = q_smem.index(WHICH)._reinterpret(dtype, [ROWS, HEAD_DIM], TILE)
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_MMA))
+    stage = count % STAGES
+    mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
+    if PINGPONG:
+        mbarrier.wait(turns.index(WHICH), (played & 1) ^ (1 if WHICH == 0 else 0))
+    k = k_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_MMA)
+    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
+    if PINGPONG:
+        mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
+        played += 1
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(stage))
+    if PAGE > 0:  # noqa: SIM102 - known when compiling, unlike the other
+        if (keys % PAGE != 0) & ((last + 1) * BLOCK_N > keys):
+            mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+            _clear(v_smem, stage, keys, PAGE, BLOCK_N, HEAD_DIM)
+    s = _hide(s, row, last * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
+    m = gl.full([ROWS], NO_MAXIMUM, gl.float32, ROW)
+    total = gl.zeros([ROWS], gl.float32, ROW)
+    p32, m, total, shrink = _soften(s, m, total, scale_log2)
+    p = _pack(p32, dtype)
+    o = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_MMA)
+
+    # From the last tile down: those that the diagonal cuts, those seen whole, those that the window cuts.
+    whole_high = last - 1
+    whole_low = low
+    if CAUSAL:
+        whole_high = gl.minimum(gl.maximum(first + 1, 0) // BLOCK_N, last) - 1
+        if WINDOWED:
+            lowest = gl.maximum(first + ROWS - window, 0)
+            whole_low = gl.minimum((lowest + BLOCK_N - 1) // BLOCK_N, whole_high + 1)
+            whole_low = gl.maximum(whole_low, low)
+            whole_high = gl.maximum(whole_high, low - 1)
+    for cut in gl.static_range(3):
+        if cut == 0:
+            above = last - 1
+            below = whole_high
+        elif cut == 1:
+            above = whole_high
+            below = whole_low - 1
+        else:
+            above = whole_low - 1
+            below = low - 1
+        if cut == 1 or (CAUSAL and cut == 0) or WINDOWED:
+            for step in range(above - below):
+                after = count + 1
+                next_stage = after % STAGES
+                mbarrier.wait(k_ready.index(next_stage), after // STAGES & 1)
+                if PINGPONG:
+                    mbarrier.wait(turns.index(WHICH), (played & 1) ^ (1 if WHICH == 0 else 0))
+                k = k_smem.index(next_stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
+                s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_MMA)
+                s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
+                stage = count % STAGES
+                mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+                v = v_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
+                o = warpgroup_mma(_unpack(p, dtype, P_MMA), v, o, is_async=True)
+                if PINGPONG:
+                    mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
+                    played += 1
+                s = warpgroup_mma_wait(1, deps=(s,))
+                mbarrier.arrive(k_empty.index(next_stage))
+                if cut != 1:
+                    s = _hide(s, row, (above - step) * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
+                p32, m, total, shrink = _soften(s, m, total, scale_log2)
+                o = warpgroup_mma_wait(0, deps=(o,))
+                mbarrier.arrive(v_empty.index(stage))
+                o = o * gl.expand_dims(gl.convert_layout(shrink, O_ROW, assert_trivial=True), 1)
+                p = _pack(p32, dtype)
+                count = after
+
+    mbarrier.arrive(q_empty.index(WHICH))
+    stage = count % STAGES
+    mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+    v = v_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
+    o = warpgroup_mma(_unpack(p, dtype, P_MMA), v, o, is_async=True)
+    lse = (m * scale_log2 + gl.log2(total)) * LN2
+    # A query that sees no key has no total.
+    inverse = gl.convert_layout(1.0 / gl.where(total > 0.0, total, 1.0), O_ROW, assert_trivial=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    mbarrier.arrive(v_empty.index(stage))
+    return (o * gl.expand_dims(inverse, 1)).to(dtype), lse, count + 1, played
+
+
+@gluon.jit
+def consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
+    """A warpgroup: 64 queries of each tile, from their scores to the output."""
+    buffers, barriers, board, turns, o_desc, o_smem, lse_ptr, sizes, scale_log2 = shared
+    q_smem, k_smem, v_smem = buffers
+    queries, keys, heads, _, tiles, section, blocks, window, all_heads = sizes
+    BLOCK_N: gl.constexpr = plan[0]
+    HEAD_DIM: gl.constexpr = plan[3]
+    CAUSAL: gl.constexpr = plan[4]
+    BLOCK_M: gl.constexpr = plan[2] * ROWS
+    dtype: gl.constexpr = q_smem.dtype
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q = q_smem.index(WHICH)._reinterpret(dtype, [ROWS, HEAD_DIM], TILE)
+    mine = o_smem.index(WHICH)
     count = 0
     played = 0
     turn = 0
@@ -107,88 +227,12 @@ def consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
         low, last = key_tiles(first, queries, keys, window, BLOCK_M, BLOCK_N, CAUSAL)
         first += WHICH * ROWS
         row = first + gl.arange(0, ROWS, layout=ROW)
-
-        mbarrier.wait(q_ready.index(WHICH), turn & 1)
-        stage = count % STAGES
-        mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
-        if PINGPONG:
-            mbarrier.wait(turns.index(WHICH), (played & 1) ^ (1 if WHICH == 0 else 0))
-        k = k_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
-        s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_MMA)
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
-        if PINGPONG:
-            mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
-            played += 1
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(stage))
-        s = _hide(s, row, last * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
-        m = gl.full([ROWS], NO_MAXIMUM, gl.float32, ROW)
-        total = gl.zeros([ROWS], gl.float32, ROW)
-        p32, m, total, shrink = _soften(s, m, total, scale_log2)
-        p = _pack(p32, dtype)
-        o = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_MMA)
-
-        # From the last tile down: those that the diagonal cuts, those seen whole, those that the window cuts.
-        whole_high = last - 1
-        whole_low = low
-        if CAUSAL:
-            whole_high = gl.minimum((first + 1) // BLOCK_N, last) - 1
-            if WINDOWED:
-                lowest = gl.maximum(first + ROWS - window, 0)
-                whole_low = gl.minimum((lowest + BLOCK_N - 1) // BLOCK_N, whole_high + 1)
-                whole_low = gl.maximum(whole_low, low)
-                whole_high = gl.maximum(whole_high, low - 1)
-        for cut in gl.static_range(3):
-            if cut == 0:
-                above = last - 1
-                below = whole_high
-            elif cut == 1:
-                above = whole_high
-                below = whole_low - 1
-            else:
-                above = whole_low - 1
-                below = low - 1
-            if cut == 1 or (CAUSAL and cut == 0) or WINDOWED:
-                for step in range(above - below):
-                    after = count + 1
-                    next_stage = after % STAGES
-                    mbarrier.wait(k_ready.index(next_stage), after // STAGES & 1)
-                    if PINGPONG:
-                        mbarrier.wait(turns.index(WHICH), (played & 1) ^ (1 if WHICH == 0 else 0))
-                    k = k_smem.index(next_stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
-                    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_MMA)
-                    s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
-                    stage = count % STAGES
-                    mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
-                    v = v_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
-                    o = warpgroup_mma(_unpack(p, dtype, P_MMA), v, o, is_async=True)
-                    if PINGPONG:
-                        mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
-                        played += 1
-                    s = warpgroup_mma_wait(1, deps=(s,))
-                    mbarrier.arrive(k_empty.index(next_stage))
-                    if cut != 1:
-                        s = _hide(s, row, (above - step) * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
-                    p32, m, total, shrink = _soften(s, m, total, scale_log2)
-                    o = warpgroup_mma_wait(0, deps=(o,))
-                    mbarrier.arrive(v_empty.index(stage))
-                    o = o * gl.expand_dims(gl.convert_layout(shrink, O_ROW, assert_trivial=True), 1)
-                    p = _pack(p32, dtype)
-                    count = after
-
-        mbarrier.arrive(q_empty.index(WHICH))
-        stage = count % STAGES
-        mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
-        v = v_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
-        o = warpgroup_mma(_unpack(p, dtype, P_MMA), v, o, is_async=True)
-        lse = (m * scale_log2 + gl.log2(total)) * LN2
-        inverse = gl.convert_layout(1.0 / total, O_ROW, assert_trivial=True)
+        mbarrier.wait(barriers[0].index(WHICH), turn & 1)
+        seen = (first, row, low, last, keys)
+        out, lse, count, played = attend(
+            q, (k_smem, v_smem), barriers, turns, count, played, seen, window, scale_log2, WHICH, plan
+        )
         gl.store(lse_ptr + line.to(gl.int64) * queries + row, lse, row < queries)
-        o = warpgroup_mma_wait(0, deps=(o,))
-        mbarrier.arrive(v_empty.index(stage))
-        count += 1
-        out = (o * gl.expand_dims(inverse, 1)).to(dtype)
-        mine = o_smem.index(WHICH)
         tma.store_wait(0)
         mine._reinterpret(dtype, [ROWS, HEAD_DIM], TILE).store(out)
         fence_async_shared()

@@ -14,6 +14,7 @@ from torch import Tensor
 ROWS = 64  # queries of a warpgroup
 # Half of an H200's L2: keys and values of the heads that run at one time stay in it.
 SECTION_BYTES = 24 * 2**20
+SHORT = 2048  # keys up to which tiles of fewer queries are faster, at 64 channels
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -40,9 +41,12 @@ class Plan:
         return 240 if self.consumers == 2 else 160
 
 
-def plan_for(head_dim: int) -> Plan:
+def plan_for(head_dim: int, keys: int) -> Plan:
     """How a call is cut; measured by `python benchmarks/ops_flash.py --tune` on an H200."""
-    return Plan(128, 2, 2, True) if head_dim == 128 else Plan(128, 3, 3, True)
+    if head_dim == 128:
+        return Plan(128, 2, 2, False)
+    # More of a higher tile lies beyond the diagonal, which counts where there are few keys.
+    return Plan(128, 3, 3, True) if keys > SHORT else Plan(128, 4, 2, True)
 
 
 def section_of(heads: int, group: int, keys: int, head_dim: int) -> int:
@@ -52,11 +56,12 @@ def section_of(heads: int, group: int, keys: int, head_dim: int) -> int:
 
 
 @functools.lru_cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the copy engine and the tensor cores of compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _reachable(x: Tensor) -> bool:
+def reachable(x: Tensor) -> bool:
     """Whether the copy engine can address it: rows of whole 16 bytes, in order."""
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride > 0 and stride % 8 == 0 for stride in strides)
@@ -83,4 +88,4 @@ def takes(
         return False
     if not k_BSKE.dtype == v_BSKE.dtype == q_BQHE.dtype or q_BQHE.shape[2] % k_BSKE.shape[2]:
         return False
-    return _is_hopper(q_BQHE.device) and all(_reachable(x) for x in (q_BQHE, k_BSKE, v_BSKE))
+    return is_hopper(q_BQHE.device) and all(reachable(x) for x in (q_BQHE, k_BSKE, v_BSKE))
