@@ -101,11 +101,11 @@ def test_the_rules_plans(interpret, rows):
 
 def test_a_product_without_a_plan_is_refused(interpret):
     x, w, b, _ = draw(MOST_ROWS + 1, 8, 16, HALF)
-    with pytest.raises(RuntimeError, match="no plan for 65×8×16"):
+    with pytest.raises(RuntimeError, match="no plan for 33×8×16"):
         interpret("few_linear.linear", x, w, b)
 
 
-@pytest.mark.parametrize("rows", [2, 8, 32, 64])
+@pytest.mark.parametrize("rows", [2, 8, 16, 17, 32])
 def test_all_weights_of_small_models_are_on_their_way_at_once(rows):
     layers: list[Any] = [(4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False)]
     for outputs, inputs, gated in layers:
