@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rooflight.ops import dispatch, grouped, routing
 from rooflight.ops.activation import gated_activation
+from rooflight.ops.grouped_gated import grouped_gated_linear
 from rooflight.ops.kernels.grouped import gated_linear, linear
 from rooflight.ops.kernels.grouped_plan import Plan, mean_rows, plan_for
 
@@ -92,7 +93,7 @@ class Layer:
         if ours:
             weights, chosen = self.route(i, routing.route)
             rows, source, counts = dispatch.permute(self.x[i], chosen, experts)
-            h = gated_activation(grouped.grouped_linear(rows, self.up, self.up_bias, counts), self.model.kind)
+            h = grouped_gated_linear(rows, self.up, self.up_bias, counts, self.model.kind)
             return dispatch.unpermute(grouped.grouped_linear(h, self.down, self.down_bias, counts), weights, source)
         weights, chosen = self.route(i)
         rows, source, counts = dispatch._permute(self.x[i], chosen, experts)

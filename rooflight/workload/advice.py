@@ -97,7 +97,14 @@ def _inference(case: Case) -> Iterator[Advice]:
 
 
 def _is_weight_product(record: Record) -> bool:
-    return record.name in ("linear", "norm_linear", "add_linear", "grouped_linear", "head_linear")
+    return record.name in (
+        "linear",
+        "norm_linear",
+        "add_linear",
+        "grouped_linear",
+        "grouped_gated_linear",
+        "head_linear",
+    )
 
 
 def _weight_bytes(record: Record) -> float:

@@ -36,6 +36,7 @@ _COLD = frozenset(
         "add_linear",
         "head_linear",
         "grouped_linear",
+        "grouped_gated_linear",
         "linear_input_grad",
         "paged_attention",
         "gather_kv",

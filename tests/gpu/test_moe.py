@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from rooflight.ops import activation, dispatch, grouped, routing
-from rooflight.ops.activation import gated_activation
 from rooflight.ops.dispatch import permute, permute_backward, unpermute, unpermute_backward
 from rooflight.ops.grouped import grouped_bias_grad, grouped_input_grad, grouped_linear
-from rooflight.ops.kernels.grouped import gated_linear
+from rooflight.ops.grouped_gated import grouped_gated_linear
 from rooflight.ops.routing import route, route_backward
 from tests.ops import formulas as f
 from tests.ops.kernels.oracle import assert_close, bits_equal
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels_only")]
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 OPS = (
     *(route, route_backward, permute, permute_backward, unpermute, unpermute_backward),
-    *(grouped_linear, grouped_input_grad, grouped_bias_grad),
+    *(grouped_linear, grouped_input_grad, grouped_bias_grad, grouped_gated_linear),
 )
 
 
@@ -143,7 +142,7 @@ def test_grouped_with_its_activation(rows, experts, kind, dtype):
     shapes = ((rows, 200), (experts, 2 * 360, 200), (experts, 2 * 360))
     x, weight, bias = (torch.randn(shape, generator=g, device="cuda").to(dtype) for shape in shapes)
     want = activation._gated(grouped._linear(x.double(), weight.double() / 16, bias.double(), counts), kind)
-    assert_close(gated_linear(x, weight / 16, bias, counts, kind), want, dtype)
+    assert_close(grouped_gated_linear(x, weight / 16, bias, counts, kind), want, dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33, 200])
@@ -161,7 +160,7 @@ def test_a_graph_serves_other_routes_than_it_was_captured_with(experts, top_k, k
     def layer() -> Tensor:
         weights_TK, experts_TK = route(logits, None, top_k)
         rows, source, counts = permute(x, experts_TK, experts)
-        h = gated_activation(grouped_linear(rows, up, up_bias, counts), kind)
+        h = grouped_gated_linear(rows, up, up_bias, counts, kind)
         return unpermute(grouped_linear(h, down, None, counts), weights_TK, source)
 
     layer()

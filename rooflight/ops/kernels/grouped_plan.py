@@ -1,4 +1,4 @@
-"""How a product over experts is cut, by the mean rows of an expert, and where torch's own grouped product takes over.
+"""How a product over experts is cut, by the mean rows of an expert.
 
 Legend: R rows, sorted by expert  X experts  N outputs  K inputs
 """
@@ -30,7 +30,6 @@ class Class:
 
 
 ANY = float("inf")
-FEW_MEAN_ROWS = 48  # up to which ours is faster than torch's grouped product, which is of bf16 alone
 # The first class that holds a product decides; measured by `python benchmarks/ops_moe.py --tune` on an H200.
 HALF: tuple[Class, ...] = (
     Class(2, Plan(16, 64, 128, 4, 4)),
@@ -55,8 +54,3 @@ def plan_for(rows: int, experts: int, dtype: torch.dtype) -> Plan:
     """How a product is cut in our kernel."""
     mean = mean_rows(rows, experts)
     return next(one.plan for one in (SINGLE if dtype == torch.float32 else HALF) if mean <= one.mean_rows)
-
-
-def is_few(rows: int, experts: int) -> bool:
-    """Whether our kernel runs a product of half precision even where torch's could."""
-    return mean_rows(rows, experts) <= FEW_MEAN_ROWS

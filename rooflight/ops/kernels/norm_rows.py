@@ -16,6 +16,8 @@ from rooflight.ops.kernels import ceil_div, power_of_2, rows_of
 
 WIDEST = 16384  # the longest row that a program's registers hold
 FORWARD_TILE, BACKWARD_TILE = 2048, 8192  # elements that a program takes at once where rows are narrower
+# Of a backward of narrow rows: more of them at once need registers for where each lies, and spill.
+NARROW, NARROW_TILE = 1024, 1024
 ELEMENTS = 16  # in a thread: two 16-byte loads of bf16
 RESIDENT_WARPS = 16  # of a backward on one multiprocessor, whose registers hold the row, the weight and the sums
 STAGES, BUFFER_BYTES = 3, 192 * 1024  # rows of a backward in flight, and a multiprocessor's shared memory for them
@@ -84,7 +86,7 @@ def _tile(width: int, elements: int) -> tuple[int, int, int]:
 
 def backward_tile(width: int, row_tensors: int, item_bytes: int) -> tuple[int, int, int, int, int]:
     """(columns, rows, warps, stages, programs on a multiprocessor) of a backward that reads `row_tensors` tensors."""
-    block, rows, warps = _tile(width, BACKWARD_TILE)
+    block, rows, warps = _tile(width, BACKWARD_TILE if width > NARROW else NARROW_TILE)
     programs = max(1, RESIDENT_WARPS // warps)
     stages = min(STAGES, 1 + BUFFER_BYTES // (programs * row_tensors * block * rows * item_bytes))
     return block, rows, warps, stages, programs
