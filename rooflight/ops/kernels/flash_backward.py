@@ -75,7 +75,7 @@ def plans_of(head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Plan, P
     width = max(block_of(head_dim), block_of(value_dim))
     if dtype == torch.float32:
         small = Plan(16, 16, 4 if width <= 128 else 8, 2)
-        return (Plan(16, 64, 8, 2), Plan(64, 32, 4, 2)) if width <= 64 else (small, small)
+        return (Plan(16, 32, 4, 2), Plan(32, 32, 4, 2)) if width <= 64 else (small, small)
     if width <= 64:
         return Plan(64, 128, 8, 3), Plan(128, 64, 8, 3)
     return (Plan(64, 128, 8, 2), Plan(128, 64, 8, 2)) if width <= 128 else (Plan(16, 64, 8, 2), Plan(128, 32, 8, 2))

@@ -71,6 +71,8 @@ def _over_keys(
         key = numbered(index, first, begin, end, MASKED) * N
         inside_N = key + index_N < keys
         k_NE = load_rows(k_ptr + key.to(tl.int64) * k_stride, index_N * k_stride, inside_N, HEAD_DIM, BLOCK_E, MASKED)
+        # Before the product with the keys, or both may lie at one place in shared memory: flash_tile.Plan.
+        v_NU = load_rows(v_ptr + key.to(tl.int64) * v_stride, index_N * v_stride, inside_N, VALUE_DIM, BLOCK_U, MASKED)
         x_MN = squash(tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION), inner, CAPPED)
         if MASKED:
             visible_MN = inside_N[None, :]
@@ -83,7 +85,6 @@ def _over_keys(
         probs_MN = tl.exp2(x_MN * factor - base_M[:, None])
         fade_M = tl.exp2(peak_M - base_M)
         total_M = total_M * fade_M + tl.sum(probs_MN, 1)
-        v_NU = load_rows(v_ptr + key.to(tl.int64) * v_stride, index_N * v_stride, inside_N, VALUE_DIM, BLOCK_U, MASKED)
         out_MU = tl.dot(probs_MN.to(v_NU.dtype), v_NU, out_MU * fade_M[:, None], input_precision=PRECISION)
         peak_M = higher_M
     return out_MU, peak_M, total_M
@@ -209,7 +210,7 @@ def plan_of(head_dim: int, value_dim: int, dtype: torch.dtype) -> Plan:
     """Launch constants for heads of these widths."""
     width = max(block_of(head_dim), block_of(value_dim))
     if dtype == torch.float32:
-        return Plan(64, 32, 4, 2) if width <= 64 else Plan(32, 32, 4, 2) if width <= 128 else Plan(16, 16, 8, 2)
+        return Plan(32, 32, 4, 2) if width <= 128 else Plan(16, 16, 8, 2)
     return Plan(128, 128, 8, 2) if width <= 128 else Plan(128, 64 if head_dim <= 192 else 32, 8, 2)
 
 

@@ -27,7 +27,12 @@ BEYOND = tl.constexpr(1 << 29)  # more tiles than there are
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Launch constants: queries and keys of a tile, warps of a program, and stages of its pipeline."""
+    """Launch constants: queries and keys of a tile, warps of a program, and stages of its pipeline.
+
+    Where two operands of Hopper's matrix instructions lie at one address in different layouts, ptxas 12.8 computes the
+    second one's descriptor from registers that nothing has set: wrong numbers, or an illegal access. fp32 operands are
+    laid out by Triton for each product, so that fp32 tiles have fewer rows than the 64 of those instructions.
+    """
 
     queries: int
     keys: int

@@ -151,7 +151,7 @@ def test_which_kernel_computes_which_call():
 
 
 def test_on_hopper_heads_of_128_channels_run_in_its_own_forward(monkeypatch):
-    monkeypatch.setattr(flash_hopper_plan, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(flash_hopper_plan, "is_hopper", lambda device: True)
     wide = dense(128, 128)
     for setup in (wide, dense(128, 128, window=8), dense(128, 128, causal=False, keys=5)):
         assert name_of(setup) == "Hopper"
