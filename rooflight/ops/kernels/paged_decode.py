@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rooflight.ops.attention.paged_cuda import LINE
-from rooflight.ops.kernels import early_launch, power_of_2
+from rooflight.ops.kernels import early_attention, power_of_2
 from rooflight.ops.kernels.paged_parts import attention_schedule, merge
 from rooflight.ops.kernels.paged_tile import HIDDEN, LOG2_E, Tiles, absorb, cache_rows, load_rows, precision_of
 
@@ -201,7 +201,7 @@ def decode(
     group = heads // key_heads
     device = q_THE.device
     tiles = tiles or tiles_of(head_dim, group, q_THE.dtype, k_NPKE.element_size())
-    early = early_launch(tokens) if early is None else early
+    early = early_attention(tokens, heads * head_dim) if early is None else early
     if schedule_UX is None:
         schedule_UX = attention_schedule(context_lengths_B, query_starts_B1, blocks * page, key_heads, window)
     units = schedule_UX.shape[0]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rooflight.ops.kernels import ceil_div, early_launch, power_of_2, processors
+from rooflight.ops.kernels import ceil_div, early_attention, power_of_2, processors
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ def rotate_and_cache(
     wide_block, rest = power_of_2(head_dim), head_dim - 2 * channels
     tile = tile or tile_of(qkv.numel(), processors(qkv.device))
     rows = max(1, tile.elements // wide_block)
-    early = early_launch(tokens) if early is None else early
+    early = early_attention(tokens, heads * head_dim) if early is None else early
     programs = ceil_div(tokens * heads, rows) + 2 * ceil_div(tokens * key_heads, rows)
     _rotate_and_cache_kernel[(programs,)](
         qkv,

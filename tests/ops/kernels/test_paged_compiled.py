@@ -86,7 +86,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setitem(ahead.POINTERS, FP8, "*fp8e4nv")
     monkeypatch.setattr(paged_parts, "processors", lambda device: 132)
-    monkeypatch.setattr(paged_decode, "early_launch", lambda rows: rows <= 64)
+    monkeypatch.setattr(paged_decode, "early_attention", lambda rows, channels: rows <= 64)
     yield found
     for kernel, _ in found.values():
         print(f"\n{kernel}", end="")

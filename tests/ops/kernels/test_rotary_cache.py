@@ -157,7 +157,7 @@ def test_compiles_for_hopper(model, tokens, monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setitem(ahead.POINTERS, FP8, "*fp8e4nv")
     monkeypatch.setattr(qk_norm_rope, "processors", lambda device: 132)
-    monkeypatch.setattr(qk_norm_rope, "early_launch", lambda rows: rows <= 64)
+    monkeypatch.setattr(qk_norm_rope, "early_attention", lambda rows, channels: rows <= 64)
     table = ahead.meta(tokens, channels, dtype=FP32)
     cache = ahead.meta(100, 16, key_heads, head_dim, dtype=cache_dtype)
     weight = ahead.meta(head_dim, dtype=dtype) if norm else None
