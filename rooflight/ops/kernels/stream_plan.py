@@ -65,8 +65,8 @@ def tiles_of(outputs: int, gated: bool) -> int:
 def plan_for(rows: int, outputs: int, inputs: int, gated: bool, multiprocessors: int) -> Plan:
     """The cut of a product of these sizes; outputs are those of the activation where there is one.
 
-    Up to 32 rows as much as fits is on its way, with no room for the next launch's programs: a layer of Llama-3.1-8B took
-    120.2 µs at 16 rows where half as much, beside them, took 128.3 (130.6 and 138.9 at 32; cuBLAS 127.2 and 133.5).
+    Up to 32 rows as much as fits is on its way, with no room for the next launch's programs: a layer of Llama-3.1-8B
+    took 120.2 µs at 16 rows where half as much, beside them, took 128.3 (130.6, 138.9 at 32; cuBLAS 127.2, 133.5).
     """
     width, stages = 128, 5
     if rows > WIDE_ROWS:
