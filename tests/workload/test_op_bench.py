@@ -28,6 +28,8 @@ MACHINE = replace(CPU, measured={"copy": Figure(5e11, "test"), "matmul.fp32": Fi
 # Every operation at sizes of a moment.
 TINY: dict[str, tuple[Any, ...]] = {
     "linear": (256, 16, 32),
+    "norm_linear": (24, 32, 16, "silu"),
+    "add_linear": (24, 16, 32),
     "rms_norm": (256, 32),
     "add_rms_norm": (256, 32),
     "layer_norm": (256, 32),
@@ -40,12 +42,14 @@ TINY: dict[str, tuple[Any, ...]] = {
     "attention": (2, 4, 2, 24, 16),
     "packed_attention": (((1, 16), (3, 5)), 4, 2, 16),
     "paged_attention": (((2, 1, 40), (1, 24, 24), (1, 3, 20)), 4, 2, 16),
+    "attention_schedule": (((2, 1, 40), (1, 3, 20)), 2, 64),
     "write_kv": (40, 4, 2, 16),
     "rotate_and_cache": (40, 4, 2, 16, True),
     "route": (256, 16, 3),
     "permute": (256, 8, 2, 16),
     "unpermute": (256, 8, 2, 16),
     "grouped_linear": (256, 4, 2, 24, 16),
+    "grouped_gated_linear": (24, 4, 2, 24, 16),
     "linear_cross_entropy": (48, 16, 96),
     "cross_entropy": (48, 96),
     "adamw": ("fp32", 1, 16),

@@ -18,6 +18,7 @@ from rooflight.ops.op import lazy, same_kernel_dtype
 
 MOST_CHANNELS = 256  # of a head, for the Triton kernels
 HOPPER_CHANNELS = 128  # of a head, at which the Hopper kernel is ahead
+LONG_DOCUMENT = 512  # tokens on average, from which the Triton kernels are ahead over packed documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,13 @@ def triton_takes_packed(
     return _triton_takes(q_THE, k_TKE, v_TKU, scale, softcap)
 
 
+def triton_takes_long(q_THE: Tensor, k_TKE: Tensor, v_TKU: Tensor, starts_N1: Tensor, *rest: Any) -> bool:
+    """Whether they compute this call over packed documents, and sooner than FlashAttention-2."""
+    long = q_THE.shape[0] >= LONG_DOCUMENT * (starts_N1.shape[0] - 1)
+    measured = q_THE.shape[-1] == v_TKU.shape[-1] == HOPPER_CHANNELS
+    return long and measured and triton_takes_packed(q_THE, k_TKE, v_TKU, starts_N1, *rest)
+
+
 _FORWARD, _BACKWARD = "rooflight.ops.kernels.flash_forward", "rooflight.ops.kernels.flash_backward"
 
 DENSE = (
@@ -113,14 +121,14 @@ DENSE = (
     ),
     Kernel(
         "FlashAttention-2",
-        "windows, of which cuDNN has none in torch",
+        "windows, of which cuDNN has none in torch; heads of 256: 287 and 232 TFLOP/s, Triton 296 and 122",
         cuda.takes_fa2,
         cuda.fa2_forward,
         cuda.fa2_backward,
     ),
     Kernel(
         "Triton",
-        "softcaps, sinks, fp32, value dims of their own, heads wider than 128",
+        "softcaps (285 and 221 TFLOP/s), sinks, fp32, value dims of their own (329 and 105)",
         triton_takes,
         lazy(_FORWARD, "attention"),
         lazy(_BACKWARD, "attention_backward"),
@@ -128,6 +136,13 @@ DENSE = (
 )
 
 PACKED = (
+    Kernel(
+        "Triton, long documents",
+        "16 documents of 1024 tokens, 32:8 heads of 128: 271 and 231 TFLOP/s, FlashAttention-2 229 and 193",
+        triton_takes_long,
+        lazy(_FORWARD, "packed_attention"),
+        lazy(_BACKWARD, "packed_attention_backward"),
+    ),
     Kernel(
         "FlashAttention-2",
         "cuDNN's variable lengths took 69 ms for its 0.32 and gave wrong gradients (torch 2.11, H200)",

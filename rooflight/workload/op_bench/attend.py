@@ -1,7 +1,7 @@
-"""Attention over rows, packed documents and a paged cache, and the cache's scatter, for `bench ops`.
+"""Attention over rows, packed documents and a paged cache, and that cache's schedule, for `bench ops`.
 
 Legend: B sequences  Q queries  S keys  T tokens  H query heads  K key heads  E head dim  N blocks  P tokens a block
-        M blocks a sequence at most
+        M blocks a sequence at most  U parts of a schedule  X numbers of a part
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rooflight.ops.attention import attention, packed_attention, paged_attention
+from rooflight.ops.attention import attention, attention_schedule, packed_attention, paged_attention
 from rooflight.ops.batch import Batch, Group
 from rooflight.workload.op_bench import installed
 from rooflight.workload.op_bench.case import Absent, Args, Draw, Operation, Peer
@@ -134,23 +134,30 @@ def blocks(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+def _step(draw: Draw, groups: Groups) -> tuple[Tensor, Tensor]:
+    """(context_lengths_B, query_starts_B1) of a step."""
+    contexts = [context for count, _, context in groups for _ in range(count)]
+    starts = accumulate((query for count, query, _ in groups for _ in range(count)), initial=0)
+    lengths_B, starts_B1 = (torch.tensor(list(x), dtype=torch.int32, device=draw.device) for x in (contexts, starts))
+    return lengths_B, starts_B1
+
+
 def _pages(draw: Draw, groups: Groups, heads: int, key_heads: int, head_dim: int) -> Args:
     """A cache of just the blocks that the sequences hold, in a random order."""
-    queries = [query for count, query, _ in groups for _ in range(count)]
-    contexts = [context for count, _, context in groups for _ in range(count)]
-    needed = [blocks(context) for context in contexts]
+    needed = [blocks(context) for count, _, context in groups for _ in range(count)]
     order = draw.order(sum(needed)).int()
     table_BM = torch.zeros(len(needed), max(needed), dtype=torch.int32, device=draw.device)
     for row, chosen in zip(table_BM, order.split(needed)):
         row[: len(chosen)] = chosen
     k, v = (draw(sum(needed), PAGE, key_heads, head_dim) for _ in range(2))
-    q = draw(sum(queries), heads, head_dim)
-    starts = torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=draw.device)
-    lengths = torch.tensor(contexts, dtype=torch.int32, device=draw.device)
-    return q, k, v, table_BM, lengths, starts, head_dim**-0.5, groups
+    q = draw(sum(count * query for count, query, _ in groups), heads, head_dim)
+    lengths, starts = _step(draw, groups)
+    # The engine makes it once a step, for all layers: no part of an attention's time.
+    schedule_UX = attention_schedule(lengths, starts, table_BM.shape[1] * PAGE, key_heads, 0)
+    return q, k, v, table_BM, lengths, starts, schedule_UX, head_dim**-0.5, groups
 
 
-def _pages_label(groups: Groups, heads: int, key_heads: int, head_dim: int) -> str:
+def _groups_label(groups: Groups) -> str:
     def told(count: int, query: int, context: int) -> str:
         if query == context:
             return f"prefill {count}×{context}"
@@ -158,15 +165,19 @@ def _pages_label(groups: Groups, heads: int, key_heads: int, head_dim: int) -> s
 
     if len(groups) > 4:
         contexts = [context for _, _, context in groups]
-        return f"decode {len(groups)}×{min(contexts)}…{max(contexts)}, {_ratio(heads, key_heads)} d{head_dim}"
-    return f"{' + '.join(told(*group) for group in groups)}, {_ratio(heads, key_heads)} d{head_dim}"
+        return f"decode {len(groups)}×{min(contexts)}…{max(contexts)}"
+    return " + ".join(told(*group) for group in groups)
 
 
-def _ours_paged(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, starts: Tensor, scale: float, groups: Groups
-) -> Tensor:
+def _pages_label(groups: Groups, heads: int, key_heads: int, head_dim: int) -> str:
+    return f"{_groups_label(groups)}, {_ratio(heads, key_heads)} d{head_dim}"
+
+
+def _ours_paged(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    schedule, scale, groups = rest
     longest = max(query for _, query, _ in groups)
-    return paged_attention(q, k, v, table, lengths, starts, longest, q.shape[-1], scale)
+    layout = (table, lengths, starts, longest)
+    return paged_attention(q, k, v, *layout, q.shape[-1], scale, schedule_UX=schedule)
 
 
 def _gathered(q_THE: Tensor, k_NPKE: Tensor, v_NPKE: Tensor, table_BM: Tensor, groups: Groups) -> Iterator[Args]:
@@ -247,6 +258,15 @@ OPERATIONS = [
         label=_pages_label,
         peers=_pages_peers,
         batch=lambda groups, *_: Batch(tuple(Group(*group) for group in groups)),
+        compiles=False,
+    ),
+    Operation(
+        "attention_schedule",
+        "how a step's keys are cut into parts of programs, once for all layers; nobody else has one",
+        make=lambda draw, groups, key_heads, longest: (*_step(draw, groups), longest, key_heads, 0),
+        ours=attention_schedule,
+        plain=None,
+        label=lambda groups, key_heads, longest: f"{_groups_label(groups)} of {longest}, {key_heads} key heads",
         compiles=False,
     ),
 ]

@@ -42,13 +42,13 @@ def _add_norm_inputs(draw: Draw, rows: int, width: int) -> Args:
     return draw(rows, width), draw(rows, width), draw(width)
 
 
-def _plain_rms(x_TD: Tensor, weight_D: Tensor) -> Tensor:
+def plain_rms(x_TD: Tensor, weight_D: Tensor) -> Tensor:
     return F.rms_norm(x_TD, weight_D.shape, weight_D, EPS)
 
 
 def _plain_add_rms(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> Args:
     total_TD = x_TD + residual_TD
-    return _plain_rms(total_TD, weight_D), total_TD
+    return plain_rms(total_TD, weight_D), total_TD
 
 
 def _plain_add_layer_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor) -> Args:
@@ -86,7 +86,7 @@ def _applied(x: Tensor, kind: str) -> Tensor:
     return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def _plain_gated(gate_up_T2F: Tensor, kind: str) -> Tensor:
+def plain_gated(gate_up_T2F: Tensor, kind: str) -> Tensor:
     gate, up = gate_up_T2F.chunk(2, -1)
     return _applied(gate, kind) * up
 
@@ -121,7 +121,7 @@ OPERATIONS = [
         "RMSNorm",
         make=_norm_inputs,
         ours=lambda x, weight: norm.rms_norm(x, weight, EPS),
-        plain=_plain_rms,
+        plain=plain_rms,
         label="{}×{}".format,
         peers=lambda device: installed.liger("liger_rms_norm", device, _liger_norm),
         wrt=(0, 1),
@@ -188,7 +188,7 @@ OPERATIONS = [
         "SwiGLU and GeGLU over stacked gate and up",
         make=lambda draw, kind, rows, width: (draw(rows, 2 * width), kind),
         ours=activation.gated_activation,
-        plain=_plain_gated,
+        plain=plain_gated,
         label="{} {}×{}".format,
         peers=installed.liger_gate,
         wrt=(0,),

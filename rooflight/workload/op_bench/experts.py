@@ -1,6 +1,6 @@
 """Mixture-of-experts layers step by step, for `bench ops`: choice, rows to experts, products, rows back.
 
-Legend: T tokens  X experts  K experts a token  R = T·K rows  D width  N outputs
+Legend: T tokens  X experts  K experts a token  R = T·K rows  D width  N outputs of the weights
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from rooflight.ops.dispatch import permute, unpermute
 from rooflight.ops.grouped import grouped_linear
+from rooflight.ops.grouped_gated import grouped_gated_linear
 from rooflight.ops.routing import route
 from rooflight.workload.op_bench.case import Args, Draw, Operation
-from rooflight.workload.op_bench.dense import rows_first
+from rooflight.workload.op_bench.dense import plain_gated, rows_first
 
 
 def _chosen(draw: Draw, tokens: int, experts: int, top_k: int) -> Tensor:
@@ -106,6 +107,15 @@ OPERATIONS = [
         label=_label,
         wrt=(0, 1),
         trains=rows_first,
+        compiles=False,
+    ),
+    Operation(
+        "grouped_gated_linear",
+        "a product an expert and SwiGLU of its gates and values, at inference; eager: one after the other",
+        make=_grouped_inputs,
+        ours=lambda x, weight, counts: grouped_gated_linear(x, weight, None, counts, "silu"),
+        plain=lambda *args: plain_gated(_plain_grouped(*args), "silu"),
+        label=_label,
         compiles=False,
     ),
 ]

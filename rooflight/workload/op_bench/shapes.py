@@ -8,6 +8,10 @@ from rooflight.workload.op_bench.case import Shapes
 
 # M rows, N outputs, K inputs. Decode steps of Llama-3.1-8B and Qwen3-0.6B: QKV, gate and up, down.
 _WEIGHTS = ((6144, 4096), (28672, 4096), (4096, 14336), (4096, 1024), (1024, 3072))
+_FEW = (1, 8, 32, 128)  # rows of decode steps
+# N and K behind a norm, and whether a gate follows; N and K before the residual sum: of both models, Qwen3's first.
+_NORMED = ((4096, 1024, None), (6144, 1024, "silu"), (6144, 4096, None), (28672, 4096, "silu"))
+_SUMMED = ((1024, 2048), (1024, 3072), (4096, 4096), (4096, 14336))
 _LLAMA = (32, 8, 128)  # query heads, key heads, head dim
 _QWEN = (16, 8, 128)
 _SMALL = (8, 2, 64)
@@ -26,6 +30,18 @@ SHAPES: dict[str, Shapes] = {
         ),
         cpu=((1, 1024, 1024), (256, 1024, 1024)),
         cpu_grid=tuple((m, 1024, 1024) for m in (1, 4, 16, 64, 256)),
+    ),
+    "norm_linear": Shapes(  # rows, N, K, gate
+        gpu=((1, 6144, 4096, None), (32, 6144, 1024, "silu")),
+        gpu_grid=tuple((rows, *weights) for weights, rows in product(_NORMED, _FEW)),
+        cpu=((1, 1024, 1024, None), (32, 2048, 1024, "silu")),
+        cpu_grid=((32, 1024, 1024, None), (1, 2048, 1024, "silu")),
+    ),
+    "add_linear": Shapes(  # rows, N, K
+        gpu=((1, 4096, 4096), (32, 1024, 3072)),
+        gpu_grid=tuple((rows, *weights) for weights, rows in product(_SUMMED, _FEW)),
+        cpu=((1, 1024, 1024), (32, 1024, 1024)),
+        cpu_grid=((1, 1024, 2048), (32, 1024, 2048)),
     ),
     "rms_norm": Shapes(  # rows, columns
         gpu=((16384, 4096),),
@@ -104,6 +120,15 @@ SHAPES: dict[str, Shapes] = {
         cpu=((((4, 1, 512),), *_SMALL), (((1, 256, 256),), *_SMALL)),
         cpu_grid=((((1, 1, 2048),), *_SMALL), (((16, 1, 128),), *_SMALL), (((4, 1, 256), (1, 64, 128)), *_SMALL)),
     ),
+    "attention_schedule": Shapes(  # sequences, key heads, tokens that a table has room for
+        gpu=((((32, 1, 4096),), 8, 131072),),
+        gpu_grid=(
+            *((((count, 1, context),), 8, 131072) for count, context in _DECODES),
+            *((((count, 1, context),), 8, 40960) for count, context in ((1, 256), (32, 256), (256, 600))),
+            (_RAGGED, 8, 131072),
+        ),
+        cpu=((((4, 1, 512),), 2, 2048),),
+    ),
     "write_kv": Shapes(  # tokens, query heads, key heads, head dim
         gpu=((8192, *_LLAMA),),
         gpu_grid=((1, *_LLAMA), (256, *_LLAMA)),
@@ -138,6 +163,12 @@ SHAPES: dict[str, Shapes] = {
         gpu=((32, *_EXPERTS, 1536, 2048), (4096, *_EXPERTS, 1536, 2048)),
         gpu_grid=((1, *_EXPERTS, 1536, 2048), (8, *_EXPERTS, 2048, 768), (4096, 8, 2, 28672, 4096)),
         cpu=((256, 8, 2, 256, 256),),
+        cpu_grid=((1, 8, 2, 256, 256),),
+    ),
+    "grouped_gated_linear": Shapes(
+        gpu=((32, *_EXPERTS, 1536, 2048),),
+        gpu_grid=tuple((tokens, *_EXPERTS, 1536, 2048) for tokens in (1, 8, 128, 4096)),
+        cpu=((32, 8, 2, 256, 256),),
         cpu_grid=((1, 8, 2, 256, 256),),
     ),
     "linear_cross_entropy": Shapes(  # tokens, width, vocabulary

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from rooflight.errors import InvalidValue
-from rooflight.workload.op_bench import attend, cache, choose, dense, experts, learn
+from rooflight.workload.op_bench import attend, cache, choose, dense, experts, fused, learn
 from rooflight.workload.op_bench.case import Operation
 from rooflight.workload.op_bench.shapes import SHAPES
 
@@ -14,6 +14,7 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         *dense.OPERATIONS,
+        *fused.OPERATIONS,
         *attend.OPERATIONS,
         *cache.OPERATIONS,
         *experts.OPERATIONS,
