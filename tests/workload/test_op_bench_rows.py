@@ -46,9 +46,9 @@ def timed() -> set[str]:
     for name, operation in OPERATIONS.items():
         sizes = TINY[name]
         passes = (FORWARD, WHOLE if operation.whole else BACKWARD) if operation.wrt else (FORWARD,)
-        force = batch.use(operation.batch(*sizes)) if operation.batch else contextlib.nullcontext()
         for which in passes:
             draw = Draw(torch.device("cpu"), torch.float32, 0)
+            force = batch.use(operation.batch(*sizes)) if operation.batch else contextlib.nullcontext()
             with force, torch.set_grad_enabled(which != FORWARD):
                 call = pass_of(Peer("ours", operation.ours), operation.make(draw, *sizes), operation.wrt, which, draw)
                 with Recorder() as recorder:
