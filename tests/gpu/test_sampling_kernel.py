@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflight.ops.kernels import sampling
+from rooflight.ops import kernels
 from rooflight.ops.op import Op
 from rooflight.ops.sampling import greedy, sample, sample_plain
 
@@ -30,7 +30,7 @@ def kernels_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Rows without top_k are left to a sort, which the kernel must equal nevertheless.
     monkeypatch.setattr(sample, "kernel_takes", greedy.kernel_takes)
     yield
-    assert all(not counters.any() for counters in sampling._counters.values())
+    assert all(not counters.any() for counters in kernels._counters.values())
 
 
 def drawn(count: int, columns: int, dtype: torch.dtype, spread: float, seed: int = 0, whole: bool = False) -> Any:

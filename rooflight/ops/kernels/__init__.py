@@ -55,6 +55,25 @@ def early_launch(rows: int) -> bool:
     return rows <= EARLY_ROWS and _launches_early()
 
 
+# By device, use and size: none is given up, for a captured launch knows the address of its own.
+_counters: dict[tuple[torch.device, str, int], Tensor] = {}
+
+
+def counters_of(device: torch.device, use: str, count: int) -> Tensor:
+    """Zeros that a launch leaves as zeros, shared by a device's launches of one use, which must follow one another.
+
+    use: the kernels that share them. A call outside of a graph's capture comes first.
+    """
+    key = (device, use, power_of_2(max(count, 1)))
+    found = _counters.get(key)
+    if found is None:
+        found = torch.zeros((key[2],), dtype=torch.int32, device=device)
+        # Memory of a graph's own pool, cleared by the graph itself, is nothing that others may use.
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            _counters[key] = found
+    return found
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rooflight.ops.kernels import processors
+from rooflight.ops.kernels import counters_of, processors
 from rooflight.ops.kernels.flash_hopper_consumer import SWIZZLED, attend
 from rooflight.ops.kernels.flash_hopper_pages import (
     CHUNK,
@@ -41,7 +41,6 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _PACKED_ROWS = 128
 # Registers of a thread: three warpgroups share 3·168, and the warps that lead lie in one.
 CONSUMING, LEADING = gl.constexpr(224), gl.constexpr(56)
-_counters: dict[torch.device, Tensor] = {}
 
 
 @gluon.jit
@@ -166,17 +165,6 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
-def _counter_of(device: torch.device) -> Tensor:
-    """Zeros that a launch leaves as zeros, shared by all launches on a device: these must follow one another."""
-    found = _counters.get(device)
-    if found is None:
-        found = torch.zeros((2,), dtype=torch.int32, device=device)
-        # Memory of a graph's own pool, cleared by the graph itself, is nothing that others may use.
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            _counters[device] = found
-    return found
-
-
 def plan_for(head_dim: int) -> Plan:
     """How a call is cut."""
     return Plan(128, 2 if head_dim == 128 else 4, 2, False)
@@ -236,7 +224,7 @@ def prefill(
         block_table_BM,
         context_lengths_B,
         query_starts_B1,
-        _counter_of(q_THE.device),
+        counters_of(q_THE.device, "prefill", 2),
         sequences // CHUNK.value + 1,
         tokens,
         sequences,

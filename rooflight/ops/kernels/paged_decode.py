@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rooflight.ops.attention.paged_cuda import LINE
-from rooflight.ops.kernels import early_attention, power_of_2
+from rooflight.ops.kernels import counters_of, early_attention, power_of_2
 from rooflight.ops.kernels.paged_parts import attention_schedule, merge
 from rooflight.ops.kernels.paged_tile import HIDDEN, LOG2_E, Tiles, absorb, cache_rows, load_rows, precision_of
 
@@ -29,8 +29,6 @@ TILE_BYTES, TILE_ELEMENTS, TILE_ELEMENTS_FP32 = 16 * 1024, 8 * 1024, 2 * 1024
 LEAST_ROWS = 16  # of a product on tensor cores
 MERGED_ELEMENTS = 4096  # of parts that are added up at once, in registers
 COUNTERS = 1 << 16
-
-_counters: dict[torch.device, Tensor] = {}
 
 
 # Counts change from step to step: no variant of the kernel for some of them.
@@ -162,17 +160,6 @@ def tiles_of(head_dim: int, group: int, dtype: torch.dtype, cache_bytes: int) ->
     return Tiles(rows, min(64, max(16, keys // 2)), 1, 7)
 
 
-def _counters_of(device: torch.device, pairs: int) -> Tensor:
-    """Zeros that a launch leaves as zeros, shared by all launches on a device: these must follow one another."""
-    found = _counters.get(device)
-    if found is None or found.numel() < pairs:
-        found = torch.zeros((max(pairs, COUNTERS),), dtype=torch.int32, device=device)
-        # Memory of a graph's own pool, cleared by the graph itself, is nothing that others may use.
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            _counters[device] = found
-    return found
-
-
 def decode(
     out_THE: Tensor,
     q_THE: Tensor,
@@ -212,7 +199,7 @@ def decode(
     if units > sequences:
         part = torch.empty((key_heads, units, group, head_dim), dtype=torch.float32, device=device)
         lse = torch.empty((key_heads, units, group), dtype=torch.float32, device=device)
-        counters = _counters_of(device, sequences * key_heads)
+        counters = counters_of(device, "decode", max(COUNTERS, sequences * key_heads))
     _decode_kernel[(key_heads, units)](
         out_THE,
         part,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rooflight.ops.kernels import ceil_div, power_of_2, processors
+from rooflight.ops.kernels import ceil_div, counters_of, power_of_2, processors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ONE = tl.constexpr(2.0**40)
@@ -26,8 +26,6 @@ MOST_TILES = 8  # of a chunk, all on their way at once
 PROGRAMS = 16  # of a launch on each multiprocessor, beyond which chunks grow
 MOST_CHUNKS = 256
 COUNTERS = 1 << 16
-
-_counters: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
@@ -183,17 +181,6 @@ def _draw_kernel(
         tl.store(out_ptr + row, first_of_peak(x_ptr, peak_C, vocabulary, chunks, CHUNK_BLOCK, TILES, TILE))
 
 
-def counters_of(device: torch.device) -> Tensor:
-    """Zeros that a launch leaves as zeros, shared by all launches on a device: these must follow one another."""
-    found = _counters.get(device)
-    if found is None:
-        found = torch.zeros((COUNTERS,), dtype=torch.int32, device=device)
-        # Memory of a graph's own pool, cleared by the graph itself, is nothing that others may use.
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            _counters[device] = found
-    return found
-
-
 def tiles_of(rows: int, vocabulary: int, multiprocessors: int) -> int:
     """Tiles of a chunk: as few as keep the machine busy with small programs, and chunks few enough to be summed up."""
     tiles = 1
@@ -217,7 +204,7 @@ def peaks(logits_BV: Tensor, tiles: int, out_B: Tensor | None = None) -> Tensor:
     _peak_kernel[(chunks, rows)](
         out_B,
         peak_BC,
-        None if out_B is None else counters_of(logits_BV.device),
+        None if out_B is None else counters_of(logits_BV.device, "draw", COUNTERS),
         logits_BV,
         logits_BV.stride(0),
         vocabulary,
@@ -251,7 +238,7 @@ def sample_plain(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor, ti
         out_B,
         peak_BC,
         torch.empty((rows, chunks), dtype=torch.int64, device=logits_BV.device),
-        counters_of(logits_BV.device),
+        counters_of(logits_BV.device, "draw", COUNTERS),
         logits_BV,
         temperature_B.contiguous(),
         uniform_B.contiguous(),

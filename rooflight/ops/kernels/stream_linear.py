@@ -13,24 +13,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rooflight.ops.kernels import ceil_div, processors
+from rooflight.ops.kernels import ceil_div, counters_of, processors
 from rooflight.ops.kernels.stream_kernel import stream_linear_kernel
 from rooflight.ops.kernels.stream_plan import HALF, MOST_TILES, Plan, check, plan_for, room_of, rows_block, tiles_of
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def _counters_of(device: torch.device) -> Tensor:
-    """Zeros that a launch leaves as zeros, shared by all launches on a device: these must follow one another."""
-    found = _counters.get(device)
-    if found is None:
-        found = torch.zeros((MOST_TILES,), dtype=torch.int32, device=device)
-        # Memory of a graph's own pool, cleared by the graph itself, is nothing that others may use.
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            _counters[device] = found
-    return found
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -72,7 +59,7 @@ def stream_linear(
         norm_weight_K,
         sums,
         sums[slots * part :],
-        _counters_of(x_MK.device),
+        counters_of(x_MK.device, "linear", MOST_TILES),
         eps,
         offset,
         rows,
