@@ -1,6 +1,6 @@
 """A decoder layer's four products with norms, gate and residual sums on a GPU, by who computes them, in µs a layer.
 
-    python benchmarks/ops_decode_layer.py [--rows 8,32] [--models 0.6b] [--tune few|skinny]
+    python -m benchmarks.ops_decode_layer [--rows 8,32] [--models 0.6b] [--tune few|skinny]
 
 Takes about a minute on an H200. Attention is left out. Calls run in a CUDA graph over more weights than the L2 cache
 holds. "separate" is cuBLAS with our norm and gate kernels; the others carry norm, gate and sum along (skinny: one row,
@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.timing import attempt, eager_seconds, graph_seconds, in_processes
 from rooflight.ops.kernels import ceil_div, few_linear, few_plan, power_of_2, skinny_linear, skinny_plan
 from rooflight.ops.kernels.activation import gated_activation
 from rooflight.ops.kernels.norm import add_rms_norm, rms_norm
@@ -32,7 +28,7 @@ from rooflight.ops.kernels.stream_linear import stream_linear
 
 EPS = 1e-5
 BYTES_PER_S = 4.31e12  # what an H200 copies
-GRAPH_SECONDS, WARM_REPLAYS, REPLAYS = 1e-3, 12, 7
+GRAPH_SECONDS, MOST_RUNS, WARM_REPLAYS, REPLAYS = 4e-3, 8, 12, 7
 WRONG = 2e-2
 
 
@@ -141,33 +137,8 @@ def as_the_engine(model: Model, layers: list[list[Weights]], residual: Tensor) -
 
 def seconds(run: Callable[[], object]) -> float:
     """Median time of a run in a CUDA graph of several."""
-    graph, stream_ = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream_):
-        run()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        runs = max(1, min(8, round(4 * GRAPH_SECONDS / max(1e-6, begin.elapsed_time(end) * 1e-3))))
-        graph.capture_begin()
-        for _ in range(runs):
-            run()
-        graph.capture_end()
-        # An idle card's clocks are low.
-        for _ in range(WARM_REPLAYS):
-            graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / runs)
-    torch.cuda.synchronize()
-    graph.reset()
-    return statistics.median(times)
+    runs = max(1, min(MOST_RUNS, round(GRAPH_SECONDS / eager_seconds(run))))
+    return graph_seconds(lambda each: each(), [run], runs, REPLAYS, WARM_REPLAYS)
 
 
 def error_of(run: Run, product: Product, rows: int, plan: Any) -> float:
@@ -221,24 +192,9 @@ def try_plan(job: Job) -> str:
         return f"{type(error).__name__}: {str(error)[:150]}"
 
 
-def compile_all(jobs: list[Job]) -> dict[Job, str]:
-    """In several processes, for one alone takes seconds a kernel: what is wrong with each."""
-    try:
-        workers = max(1, min(14, os.cpu_count() or 1, len(jobs)))
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            return dict(zip(jobs, pool.map(try_plan, jobs, chunksize=2), strict=True))
-    except (BrokenProcessPool, RuntimeError, OSError) as error:
-        print(f"compiling ahead failed ({error}); kernels are compiled one by one", file=sys.stderr)
-        return {job: try_plan(job) for job in jobs}
-
-
 def guarded(name: str, run: Callable[[], object]) -> float:
-    """Infinite, and a line, where a run fails: others go on."""
-    try:
-        return seconds(run)
-    except Exception as error:
-        print(f"FAILED: {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return float("inf")
+    """Infinite where a run fails."""
+    return attempt(lambda: seconds(run), name, float("inf"))
 
 
 def short(plan: Any) -> str:
@@ -277,7 +233,9 @@ def table(title: str, row_counts: list[int], tuned: str | None) -> None:
     jobs += [(n, r, p, rule(n, r, p)) for r in rows_of for n in RUNS for p in model.products if rule(n, r, p)]
     jobs += [("stream", r, p, None) for r in rows_of if r > 1 for p in model.products]
     jobs = sorted(set(jobs), key=str)
-    wrong = compile_all(jobs)
+    # In several processes where that works; else one after the other.
+    found = in_processes(try_plan, jobs) or [try_plan(job) for job in jobs]
+    wrong = dict(zip(jobs, found, strict=True))
     print(f"{title}: {len(jobs)} kernels", flush=True)
     for job, what in wrong.items():
         if what:

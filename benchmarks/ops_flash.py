@@ -2,7 +2,7 @@
 
 TFLOP/s count 4·B·H·S²·E, halved where causal; times are medians of CUDA-graph replays over several inputs.
 
-    python benchmarks/ops_flash.py [--tune] [--shapes 4x32x32x4096x128,8x16x16x4096x64] [--full]
+    python -m benchmarks.ops_flash [--tune] [--shapes 4x32x32x4096x128,8x16x16x4096x64] [--full]
 
 --tune also tries other plans; --full: without causality. Shapes are B x H x key heads x S x E.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from benchmarks.timing import graph_seconds
 from rooflight.ops.kernels.flash_hopper import forward
 from rooflight.ops.kernels.flash_hopper_plan import Plan, plan_for
 
@@ -29,7 +28,7 @@ TUNED = {
     128: (Plan(128, 2, 2, True), Plan(128, 2, 2, False)),
     64: (Plan(128, 3, 3, True), Plan(128, 4, 2, True), Plan(128, 4, 2, False)),
 }
-INPUTS, WARM_UPS, REPLAYS, GRAPH_SECONDS = 3, 5, 7, 0.01
+INPUTS, WARM_REPLAYS, REPLAYS, GRAPH_SECONDS = 3, 5, 7, 0.01
 WRONG = 2e-2
 _aten = torch.ops.aten
 
@@ -59,34 +58,6 @@ def flash2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, ...]:
 
 def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool, plan: Plan) -> tuple[Tensor, ...]:
     return forward(q, k, v, q.shape[-1] ** -0.5, causal, 0, plan)
-
-
-def seconds(run: Attention, inputs: list[tuple[Tensor, Tensor, Tensor]], guess: float) -> float:
-    """Median time of a call."""
-    calls = max(len(inputs), round(GRAPH_SECONDS / guess))
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        run(*inputs[0])
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        for each in itertools.islice(itertools.cycle(inputs), calls):
-            run(*each)
-        graph.capture_end()
-        # An idle card's clocks are low.
-        for _ in range(WARM_UPS):
-            graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / calls)
-    torch.cuda.synchronize()
-    graph.reset()
-    return statistics.median(times)
 
 
 def errors(run: Attention, inputs: tuple[Tensor, Tensor, Tensor], causal: bool) -> tuple[float, float]:
@@ -137,7 +108,8 @@ def table(shapes: list[Shape], causal: bool, tune: bool) -> None:
                 if max(error, of_lse) > WRONG:
                     print(f"{line} WRONG: error {error:.1e}, of lse {of_lse:.1e}", flush=True)
                     continue
-                time = seconds(run, inputs, work / 4e14)
+                turns = max(len(inputs), round(GRAPH_SECONDS * 4e14 / work))
+                time = graph_seconds(lambda each, run=run: run(*each), inputs, turns, REPLAYS, WARM_REPLAYS)
             except (TritonError, RuntimeError) as failure:
                 print(f"{name:>20} {kernel:<28} FAILED: {str(failure)[:300]}", flush=True)
                 continue

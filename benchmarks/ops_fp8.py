@@ -1,6 +1,6 @@
 """A linear layer forward and backward in fp8 beside bf16 on a GPU: milliseconds, TFLOP/s, and the share of the casts.
 
-    python benchmarks/ops_fp8.py [--sweep]        (under half a minute on an H200)
+    python -m benchmarks.ops_fp8 [--sweep]        (under half a minute on an H200)
 
 TFLOP/s count the three products alone, 6·T·K·N, also where casts are part of the time. Calls run in a CUDA graph.
 Casts are timed by themselves: their bytes are the operation's own price, the share is of the copy bandwidth of the same
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import copy_bandwidth
 from rooflight.hardware.timing import time_call
 from rooflight.ops import fp8_linear as fp8
 from rooflight.ops.linear import linear
@@ -35,13 +36,6 @@ def draw(*shape: int) -> Tensor:
 
 def seconds_of(call: Callable[[], Any]) -> float:
     return time_call(call, device="cuda", budget_seconds=BUDGET_SECONDS).seconds
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy of 1 GiB, read and written."""
-    source = draw(2**29)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / seconds_of(lambda: target.copy_(source))
 
 
 def step(layer: Callable[..., Tensor], x_TK: Tensor, weight_NK: Tensor, grad_TN: Tensor) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """The memory-bound operations of a training step on a GPU: bandwidth of our kernels beside eager and compiled PyTorch.
 
-    python benchmarks/ops_memory_bound.py [--quick] [--only NAME] [--sweep]        (under a minute on an H200)
+    python -m benchmarks.ops_memory_bound [--quick] [--only NAME] [--sweep]        (under a minute on an H200)
 
 Bytes are the operation's own price (unique bytes, moved once); the share is of the copy bandwidth of the same run.
 Inputs take turns through more copies than the L2 cache holds, calls run in a CUDA graph. `--sweep` then tries other
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.timing import copy_bandwidth
 from rooflight.hardware.timing import Timing, time_call
 from rooflight.ops import activation, embedding, layer_norm, norm, rope
 from rooflight.ops.attention.naive import attention_softmax, softmax_backward
@@ -213,16 +214,6 @@ def _check(case: Case) -> float:
             continue
         worst = max(worst, float((found.float() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()))
     return worst
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy of 4 GiB, read and written."""
-    source = draw(2**31)
-    target = torch.empty_like(source)
-    # An idle card's memory clock is low: the first figure is for waking it up (2.76 TB/s was seen where 4.25 is right).
-    time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.5)
-    seconds = time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.3).seconds
-    return 2 * source.numel() * source.element_size() / seconds
 
 
 def _time(fn: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Timing:

@@ -1,6 +1,6 @@
 """AdamW, the gradient norm and the fused loss on a GPU: our kernels beside PyTorch's own, and the roof of the same run.
 
-    python benchmarks/ops_optimizer_loss.py [--only optimizer|loss]        (under a minute on an H200)
+    python -m benchmarks.ops_optimizer_loss [--only optimizer|loss]        (under a minute on an H200)
 
 Bytes are the operation's own price; shares are of the copy bandwidth, and of the bf16 product rate, of the same run.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.timing import copy_bandwidth
 from rooflight.ops.adamw import adamw
 from rooflight.ops.clipping import grad_norm, scale_
 from rooflight.ops.fused_loss import chunk_tokens, linear_cross_entropy
@@ -56,11 +57,8 @@ def median_ms(fn: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 def ceilings() -> tuple[float, float]:
     """(copy in TB/s, reads and writes; 8192³ bf16 product in TFLOP/s) of this machine, now."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e9
     a, b = draw((8192, 8192), BF16), draw((8192, 8192), BF16)
-    return copy, 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+    return copy_bandwidth() / 1e12, 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
 
 
 def torchs_adamw(*lists: Any) -> None:

@@ -1,6 +1,6 @@
 """The fused step between qkv and attention on a GPU, beside the up to four launches that it replaces.
 
-    python benchmarks/ops_rotary_cache.py [--tune] [--pdl]        (about half a minute on an H200 for each)
+    python -m benchmarks.ops_rotary_cache [--tune] [--pdl]        (about half a minute on an H200 for each)
 
 Calls run in a CUDA graph; inputs take turns through more memory than the L2 cache holds, as far as MOST_SETS goes.
 Bytes are those that the fused step must move; shares are of a copy's bandwidth in the same run.
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from benchmarks.timing import copy_bandwidth
 from rooflight.hardware.timing import time_call
 from rooflight.ops.attention import write_kv
 from rooflight.ops.kernels import processors, qk_norm_rope
@@ -87,15 +88,6 @@ def differing(args: Args) -> float:
     mine, theirs = ([*args[:3], args[3].clone(), args[4].clone(), *args[5:]] for _ in range(2))
     pairs = ((rotate_and_cache(*mine), apart(*theirs)), (mine[3], theirs[3]), (mine[4], theirs[4]))
     return max(float((a.float() != b.float()).float().mean()) for a, b in pairs)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy of 4 GiB, read and written."""
-    source = torch.ones(2**31, dtype=BF16, device="cuda")
-    target = torch.empty_like(source)
-    # An idle card's memory clock is low: the first figure is for waking it up.
-    time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.5)
-    return 4 * source.numel() / time_call(lambda: target.copy_(source), device="cuda", budget_seconds=0.3).seconds
 
 
 def table() -> None:

@@ -1,6 +1,6 @@
 """Choosing tokens on a GPU: greedy, plainly drawn and ranked draws, beside their references; µs a call.
 
-    python benchmarks/ops_sampling.py [--tune]        (under a minute on an H200; with --tune two)
+    python -m benchmarks.ops_sampling [--tune]        (under a minute on an H200; with --tune two)
 
 Calls run in a CUDA graph; logits take turns through more than the L2 cache holds. Logits are normal, of a standard
 deviation of 3 ("peaked", as a model's are about) or 0.5 ("flat", as a model's of random weights: a ranked draw can then
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import read_bandwidth
 from rooflight.hardware.timing import time_call
 from rooflight.ops.kernels import sampling, sampling_ranked
 from rooflight.ops.sampling import greedy, sample, sample_plain
@@ -48,14 +49,6 @@ def logits_of(rows: int, dtype: torch.dtype, spread: float, vocabulary: int = V)
 
 def seconds(fn: Callable[..., Any], sets: list[Args], budget: float = 0.05) -> float:
     return time_call([lambda args=args: fn(*args) for args in sets], device="cuda", budget_seconds=budget).seconds
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of reading 2 GiB."""
-    x = torch.ones(2**29, dtype=torch.int32, device="cuda")
-    # An idle card's memory clock is low: the first figure is for waking it up.
-    time_call(lambda: x.amax(), device="cuda", budget_seconds=0.5)
-    return x.numel() * 4 / time_call(lambda: x.amax(), device="cuda", budget_seconds=0.2).seconds
 
 
 def plain_args(batches: list[Tensor]) -> list[Args]:

@@ -1,6 +1,6 @@
 """Linear layers of few rows on a GPU: our kernels beside cuBLAS, in µs and TB/s of weights, inputs and outputs.
 
-    python benchmarks/ops_skinny.py [--tune] [--rows 1,8] [--shapes 6144x4096]
+    python -m benchmarks.ops_skinny [--tune] [--rows 1,8] [--shapes 6144x4096]
 
 Takes half a minute on an H200, with --tune a whole one. Calls run in a CUDA graph and take turns through more weights
 than the L2 cache holds. "ours" is the plan of rooflight/ops/kernels/skinny_plan.py (nan: the product is cuBLAS's),
@@ -11,21 +11,15 @@ Shapes N×K are those of Llama-3.1-8B and of Qwen3-0.6B.
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
-import multiprocessing
-import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.timing import copy_bandwidth, graph_seconds, in_processes
 from rooflight.ops.kernels.skinny_linear import linear
 from rooflight.ops.kernels.skinny_plan import Plan, plan_for
 
@@ -36,7 +30,6 @@ SHAPES = (
 ROWS = (1, 2, 4, 8)
 COLD_BYTES = 256 * 2**20
 GRAPH_BYTES = 2 * 2**30  # of weights that a replay reads, at least: half a millisecond
-REPLAYS = 5
 CHECKED = 2048  # outputs that are compared with fp32
 WRONG = 1e-2
 
@@ -76,48 +69,8 @@ def compile_one(job: tuple[int, Plan]) -> None:
         return
 
 
-def compile_all(jobs: set[tuple[int, Plan]]) -> None:
-    """In several processes: one alone takes about a second a kernel."""
-    workers = min(12, os.cpu_count() or 1)
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(compile_one, sorted(jobs, key=str), chunksize=2))
-    except (BrokenProcessPool, RuntimeError, OSError) as error:
-        print(f"compiling ahead failed ({error}); kernels are compiled one by one", file=sys.stderr)
-
-
-@functools.cache
-def stream() -> torch.cuda.Stream:
-    """The one on which all calls are captured."""
-    return torch.cuda.Stream()
-
-
 def seconds(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
-    """Median time of a call, of replays of one graph over all weights."""
-    calls = max(len(weights), GRAPH_BYTES // (2 * weights[0].numel()))
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    # Not torch.cuda.graph(): that empties the allocator's cache each time.
-    with torch.cuda.stream(stream()):
-        # Outside of the capture, for libraries allocate when they first run on a stream.
-        run(weights[0])
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        for weight in itertools.islice(itertools.cycle(weights), calls):
-            run(weight)
-        graph.capture_end()
-        graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / calls)
-    torch.cuda.synchronize()
-    graph.reset()
-    return statistics.median(times)
+    return graph_seconds(run, weights, max(len(weights), GRAPH_BYTES // (2 * weights[0].numel())))
 
 
 def error_of(x: Tensor, w: Tensor, plan: Plan) -> float:
@@ -139,14 +92,6 @@ def try_plan(x: Tensor, weights: list[Tensor], plan: Plan) -> float:
         print(f"WRONG: {plan} for {x.shape[0]}×{weights[0].shape[0]}×{x.shape[1]}: error {error:.1e}", flush=True)
         return float("inf")
     return seconds(lambda w: linear(x, w, None, plan), weights)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy of 2 GiB, read and written."""
-    source = torch.ones(2**30, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    # The second figure: an idle card's memory clock is low.
-    return [4 * source.numel() / seconds(target.copy_, [source]) for _ in range(2)][1]
 
 
 def table(shapes: list[tuple[int, int]], row_counts: list[int], tune: bool) -> None:
@@ -195,7 +140,7 @@ def main() -> None:
     if options.tune:
         jobs |= {(rows, plan) for rows in row_counts for _, k in shapes for plan in plans(rows, k)}
     with torch.no_grad():
-        compile_all({(rows, plan) for rows, plan in jobs if plan is not None})
+        in_processes(compile_one, sorted({(rows, plan) for rows, plan in jobs if plan is not None}, key=str))
         table(shapes, row_counts, options.tune)
 
 

@@ -1,6 +1,6 @@
 """Linear layers of few rows beside cuBLAS, each alone and as the whole chain of a layer, in µs and TB/s of weights.
 
-    python benchmarks/ops_stream_linear.py [--rows 16,32] [--models llama-3.1-8b] [--part alone|chain] [--tune]
+    python -m benchmarks.ops_stream_linear [--rows 16,32] [--models llama-3.1-8b] [--part alone|chain] [--tune]
 
 Each part takes about half a minute on an H200. All runs are CUDA graphs that take turns through more weights than the
 L2 cache holds. "chain" is a layer's four products with norms, SwiGLU and residual sums between them (attention left
@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
-import statistics
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.timing import attempt, graph_seconds, in_processes
 from rooflight.ops.kernels import ceil_div, processors
 from rooflight.ops.kernels.activation import gated_activation
 from rooflight.ops.kernels.norm import add_rms_norm
@@ -34,7 +29,6 @@ from rooflight.ops.kernels.stream_plan import Plan, plan_for, tiles_of
 EPS = 1e-5
 COLD_BYTES = 512 * 2**20
 GRAPH_BYTES = 2 * 2**30
-REPLAYS = 5
 WRONG = 2e-2
 
 
@@ -109,60 +103,23 @@ def theirs(x: Tensor, residual: Tensor, layer: Layer, sizes: Sizes) -> tuple[Ten
     return linear(inner, layer.down), residual
 
 
-def seconds(run: Callable[[], object], calls: int) -> float:
-    """Median time of one of the calls in a graph of `run`."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        run()
-        graph.capture_end()
-        graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / calls)
-    torch.cuda.synchronize()
-    graph.reset()
-    return statistics.median(times)
+def turns_of(weights: list[Tensor]) -> int:
+    return max(len(weights), min(400, GRAPH_BYTES // (2 * weights[0].numel())))
 
 
-def guarded(name: str, run: Callable[[], float]) -> float:
-    """NaN, and a line, where a cut fails: others go on."""
-    try:
-        return run()
-    except Exception as error:
-        print(f"FAILED: {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return float("nan")
-
-
-def alone(weights: list[Tensor], rows: int, cut: Cut | None, check: bool) -> float:
+def alone(weights: list[Tensor], rows: int, cut: Cut | None) -> float:
     outputs, inputs = weights[0].shape
     x, plan = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16), plan_of(cut, rows, outputs, inputs, False)
-    if check:
-        want = x.float() @ weights[0].float().t()
-        error = float((stream_linear(x, weights[0], plan=plan).float() - want).abs().max() / want.abs().max())
-        if not error < WRONG:
-            raise RuntimeError(f"error {error:.1e}")
-    turns = max(len(weights), min(400, GRAPH_BYTES // (2 * weights[0].numel())))
-
-    def run() -> None:
-        for weight in itertools.islice(itertools.cycle(weights), turns):
-            stream_linear(x, weight, plan=plan)
-
-    return seconds(run, turns)
+    want = x.float() @ weights[0].float().t()
+    error = float((stream_linear(x, weights[0], plan=plan).float() - want).abs().max() / want.abs().max())
+    if not error < WRONG:
+        raise RuntimeError(f"error {error:.1e}")
+    return graph_seconds(lambda weight: stream_linear(x, weight, plan=plan), weights, turns_of(weights))
 
 
 def cublas_alone(weights: list[Tensor], rows: int) -> float:
     x = torch.randn(rows, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
-    turns = max(len(weights), min(400, GRAPH_BYTES // (2 * weights[0].numel())))
-    return seconds(lambda: [linear(x, w) for w in itertools.islice(itertools.cycle(weights), turns)], turns)
+    return graph_seconds(lambda weight: linear(x, weight), weights, turns_of(weights))
 
 
 def chain(layers: list[Layer], rows: int, sizes: Sizes, cut: Cut | None) -> float:
@@ -176,23 +133,23 @@ def chain(layers: list[Layer], rows: int, sizes: Sizes, cut: Cut | None) -> floa
     if not error < WRONG:
         raise RuntimeError(f"error {error:.1e}")
 
-    def run() -> None:
-        residual.copy_(x)
+    def run(start: Tensor) -> None:
+        residual.copy_(start)
         for layer in layers:
             ours(residual, layer, sizes, cut)
 
-    return seconds(run, len(layers))
+    return graph_seconds(run, [x], 1) / len(layers)
 
 
 def cublas_chain(layers: list[Layer], rows: int, sizes: Sizes) -> float:
     x = torch.randn(rows, sizes.width, device="cuda", dtype=torch.bfloat16)
 
-    def run() -> None:
-        y, r = torch.zeros_like(x), x
+    def run(start: Tensor) -> None:
+        y, r = torch.zeros_like(start), start
         for layer in layers:
             y, r = theirs(y, r, layer, sizes)
 
-    return seconds(run, len(layers))
+    return graph_seconds(run, [x], 1) / len(layers)
 
 
 def compile_one(job: tuple[int, Cut | None]) -> None:
@@ -205,15 +162,6 @@ def compile_one(job: tuple[int, Cut | None]) -> None:
         torch.cuda.synchronize()
     except Exception as error:
         print(f"FAILED: {job}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-
-
-def compile_all(jobs: list[tuple[int, Cut | None]]) -> None:
-    try:
-        workers = min(14, os.cpu_count() or 1, len(jobs))
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(compile_one, jobs))
-    except (BrokenProcessPool, RuntimeError, OSError) as error:
-        print(f"compiling ahead failed ({error}); kernels are compiled one by one", file=sys.stderr)
 
 
 def table(name: str, row_counts: list[int], parts: list[str], cuts: list[Cut | None]) -> None:
@@ -230,15 +178,17 @@ def table(name: str, row_counts: list[int], parts: list[str], cuts: list[Cut | N
                 weights = [getattr(layer, field) for layer in layers] if part == "alone" else []
                 moved = (2 * weights[0].numel() if weights else bytes_) / 1e12
                 label = "x".join(map(str, weights[0].shape)) if weights else field
-                reference = guarded(
-                    "cuBLAS",
+                reference = attempt(
                     lambda w=weights, m=rows: cublas_alone(w, m) if w else cublas_chain(layers, m, sizes),
+                    f"{label} {rows} cuBLAS",
+                    float("nan"),
                 )
                 line = f"{label:>14} {rows:>4} {reference * 1e6:8.2f} ({moved / reference:4.2f})"
                 for cut, title in zip(cuts, titles, strict=True):
-                    time = guarded(
+                    time = attempt(
+                        lambda w=weights, m=rows, c=cut: alone(w, m, c) if w else chain(layers, m, sizes, c),
                         f"{label} {rows} {title}",
-                        lambda w=weights, m=rows, c=cut: alone(w, m, c, True) if w else chain(layers, m, sizes, c),
+                        float("nan"),
                     )
                     line += f" {time * 1e6:7.2f} ({moved / time:4.2f}) {reference / time:4.2f}"
                 print(line, flush=True)
@@ -256,7 +206,7 @@ def main() -> None:
     row_counts = [int(rows) for rows in options.rows.split(",")]
     cuts: list[Cut | None] = [None, *(CUTS if options.tune else ())]
     with torch.no_grad():
-        compile_all(list(itertools.product(row_counts, cuts)))
+        in_processes(compile_one, itertools.product(row_counts, cuts))
         print(torch.cuda.get_device_name(), torch.__version__)
         for name in options.models.split(","):
             table(name, row_counts, [options.part] if options.part else ["alone", "chain"], cuts)
