@@ -42,7 +42,7 @@ class Plan:
 
 
 def plan_for(head_dim: int, keys: int) -> Plan:
-    """How a call is cut; measured by `python benchmarks/ops_flash.py --tune` on an H200."""
+    """How a call is cut; measured by `python -m benchmarks.ops_flash --tune` on an H200."""
     if head_dim == 128:
         return Plan(128, 2, 2, False)
     # More of a higher tile lies beyond the diagonal, which counts where there are few keys.

@@ -30,7 +30,7 @@ class Class:
 
 
 ANY = float("inf")
-# The first class that holds a product decides; measured by `python benchmarks/ops_moe.py --tune` on an H200.
+# The first class that holds a product decides; measured by `python -m benchmarks.ops_moe --tune` on an H200.
 HALF: tuple[Class, ...] = (
     Class(2, Plan(16, 64, 128, 4, 4)),
     Class(10, Plan(16, 64, 128, 4, 4)),

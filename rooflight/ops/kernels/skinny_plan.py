@@ -42,7 +42,7 @@ class Class:
 
 
 ANY = float("inf")
-# The first class that holds a product decides; measured by `python benchmarks/ops_skinny.py --tune` on an H200.
+# The first class that holds a product decides; measured by `python -m benchmarks.ops_skinny --tune` on an H200.
 # At one row ours is 1.03 to 1.15 times cuBLAS on the 8B's layers, and 3.8 times on 1024×2048, for which cuBLAS takes a
 # slow kernel. From two rows on cuBLAS wins but on the smallest: a tensor core's 8 columns cost no more than one.
 CLASSES: tuple[Class, ...] = (
