@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from rooflight.ops.kernels import few_linear, few_plan, skinny_linear, skinny_plan, stream_plan
 from rooflight.ops.kernels.activation import gated_activation
+from rooflight.ops.kernels.flash_hopper_plan import is_hopper
 from rooflight.ops.kernels.norm import rms_norm
 
 SMALL_WEIGHTS = 8 << 20  # numbers of a matrix: programs of `few` hold that much in registers
@@ -47,7 +48,7 @@ def way_of(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gated: bool) 
     if inputs % 8 or any(x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 for x in matrices):
         return Way.APART
     if weight_NK.numel() > SMALL_WEIGHTS:
-        return Way.STREAM
+        return Way.STREAM if is_hopper(x_TK.device) else Way.APART
     outputs = weight_rows // 2 if gated else weight_rows
     return Way.APART if few_plan.plan_for(rows, outputs, inputs, gated) is None else Way.FEW
 
