@@ -2,7 +2,8 @@
 
 norm_linear: y = f(RMSNorm(x)·Wᵀ + b), f the gated activation of stacked [gate; up] where there is one.
 add_linear: residual += x·Wᵀ + b, in place.
-For inference: neither has a derivative, and on a GPU what stands between the stages is not rounded at every size.
+For inference: neither has a derivative, and on a GPU what stands between the stages is not rounded at every size. There
+the weights are asked for before the launch ahead is through: they are parameters, which that launch does not write.
 Legend: T tokens  D width  N output width  K input width
 """
 

@@ -179,7 +179,8 @@ def _launch(
         raise InvalidValue(
             f"no plan for {rows}×{weight_NK.shape[0]}×{inputs}: add one to rooflight/ops/kernels/skinny_plan.py"
         )
-    early = early_launch(rows)
+    # A plain product's weights may be what the kernel ahead has just written; those of a layer are parameters.
+    early = early_launch(rows) and (norm_weight_K is not None or added)
     _linear_kernel[(ceil_div(outputs, plan.outputs),)](
         y,
         x_MK,
