@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rooflight.ops.attention import cuda, cuda_packed
@@ -25,7 +26,8 @@ LONG_DOCUMENT = 512  # tokens on average, from which the Triton kernels are ahea
 class Kernel:
     """One way to compute attention; takes, forward and backward have the arguments of the operation.
 
-    A kernel without a backward leaves it to the first below it that takes the call and has one.
+    A kernel without a backward leaves it to the first below it that takes the call and has one. repeatable: the
+    backward gives the same bits every time; under `torch.use_deterministic_algorithms` no other is called.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Kernel:
     takes: Callable[..., bool]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    repeatable: bool = False
 
 
 _hopper_takes = lazy("rooflight.ops.kernels.flash_hopper_plan", "takes")
@@ -132,6 +135,7 @@ DENSE = (
         triton_takes,
         lazy(_FORWARD, "attention"),
         lazy(_BACKWARD, "attention_backward"),
+        repeatable=True,
     ),
 )
 
@@ -142,6 +146,7 @@ PACKED = (
         triton_takes_long,
         lazy(_FORWARD, "packed_attention"),
         lazy(_BACKWARD, "packed_attention_backward"),
+        repeatable=True,
     ),
     Kernel(
         "FlashAttention-2",
@@ -156,6 +161,7 @@ PACKED = (
         triton_takes_packed,
         lazy(_FORWARD, "packed_attention"),
         lazy(_BACKWARD, "packed_attention_backward"),
+        repeatable=True,
     ),
 )
 
@@ -169,6 +175,11 @@ def _entries(table: tuple[Kernel, ...]) -> tuple[Callable[..., Any], ...]:
     """What an Op wants to know: takes_forward, forward, takes_backward, backward."""
 
     backwards = tuple(kernel for kernel in table if kernel.backward is not None)
+    repeatable = tuple(kernel for kernel in backwards if kernel.repeatable)
+
+    def of_backward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Kernel | None:
+        usable = repeatable if torch.are_deterministic_algorithms_enabled() else backwards
+        return chosen(usable, q, k, v, *options)
 
     def takes(*args: Any) -> bool:
         return chosen(table, *args) is not None
@@ -179,10 +190,10 @@ def _entries(table: tuple[Kernel, ...]) -> tuple[Callable[..., Any], ...]:
 
     # The backward's arguments are grad, q, k, v, out, lse and then the forward's options.
     def takes_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any) -> bool:
-        return chosen(backwards, q, k, v, *options) is not None
+        return of_backward(q, k, v, *options) is not None
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any) -> Any:
-        kernel = chosen(backwards, q, k, v, *options)
+        kernel = of_backward(q, k, v, *options)
         if kernel is None or kernel.backward is None:
             return None
         return kernel.backward(grad, q, k, v, out, lse, *options)

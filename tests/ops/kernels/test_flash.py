@@ -169,8 +169,14 @@ def test_a_kernel_without_a_backward_leaves_it_to_one_below():
     table = (
         choice.Kernel("first", "", always, made_by("out"), None),
         choice.Kernel("second", "", always, made_by("other"), made_by("gradients")),
+        choice.Kernel("third", "", always, made_by("other"), made_by("the same gradients"), repeatable=True),
     )
     _, forward, takes_backward, backward = choice._entries(table)
     args = arguments(dense(), build(dense()))
     given = args[0], *args[:3], args[0], args[0], *args[3:]
     assert forward(*args) == "out" and takes_backward(*given) and backward(*given) == "gradients"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert takes_backward(*given) and backward(*given) == "the same gradients"
+    finally:
+        torch.use_deterministic_algorithms(False)
