@@ -41,11 +41,18 @@ def row_of(part: Part, mask: np.ndarray | None = None) -> Row:
 class Sampled:
     """A step's choice: tokens_B (int64) and slots_B on the device, and on its way to the host.
 
+    slots_B: where the tokens are yet to be kept for the next step; None where they are.
     asked: positions of the rows that `logprobs` tells of. The copy begins when this is made, so that it does not wait
     for a step that is queued after.
     """
 
-    def __init__(self, tokens_B: Tensor, slots_B: Tensor, asked: Sequence[int] = (), logprobs: Logprobs | None = None):
+    def __init__(
+        self,
+        tokens_B: Tensor,
+        slots_B: Tensor | None = None,
+        asked: Sequence[int] = (),
+        logprobs: Logprobs | None = None,
+    ):
         self.tokens_B, self.slots_B = tokens_B, slots_B
         self._asked, self._logprobs = asked, logprobs
         self._download = Download([tokens_B, *(logprobs.tensors if logprobs is not None else ())])

@@ -123,10 +123,8 @@ class TorchRunner:
         draws = self._sampler.draws(rows)
         logits_BV, tokens_B = graphs.decode(step.parts, draws)
         if draws is not None:
-            return _Waiting(Sampled(tokens_B, self._inputs.last_S), {}, {})
-        sampled = self._sampler.sample(logits_BV, rows)
-        self._inputs.last_S.index_copy_(0, sampled.slots_B, sampled.tokens_B)
-        return _Waiting(sampled, {}, {})
+            return _Waiting(Sampled(tokens_B), {}, {})
+        return _Waiting(self._keep(self._sampler.sample(logits_BV, rows)), {}, {})
 
     def _sample(self, step: Step, last_BD: Tensor) -> Sampled | None:
         """Tokens of the parts that sample, from the hidden state of each part's last token."""
@@ -136,8 +134,12 @@ class TorchRunner:
         if len(places) < len(step.parts):
             last_BD = last_BD[torch.tensor(places, device=last_BD.device)]
         rows = self._rows([step.parts[place] for place in places])
-        sampled = self._sampler.sample(self._model.head(last_BD), rows)
-        self._inputs.last_S.index_copy_(0, sampled.slots_B, sampled.tokens_B)
+        return self._keep(self._sampler.sample(self._model.head(last_BD), rows))
+
+    def _keep(self, sampled: Sampled) -> Sampled:
+        """Leave the tokens where the next step reads them."""
+        if sampled.slots_B is not None:
+            self._inputs.last_S.index_copy_(0, sampled.slots_B, sampled.tokens_B)
         return sampled
 
     def _rows(self, parts: Sequence[Part]) -> list[Row]:

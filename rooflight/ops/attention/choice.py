@@ -52,8 +52,8 @@ def hopper_takes(
     softcap: float = 0.0,
     sinks_H: Tensor | None = None,
 ) -> bool:
-    """Whether `kernels.flash_hopper` computes this call, and sooner than cuDNN."""
-    wide = q_BQHE.shape[-1] == HOPPER_CHANNELS
+    """Whether `kernels.flash_hopper` computes this call, and sooner than cuDNN; a window's time was not measured."""
+    wide = q_BQHE.shape[-1] == HOPPER_CHANNELS and not cuda.is_windowed(k_BSKE, causal, window)
     return wide and _hopper_takes(q_BQHE, k_BSKE, v_BSKU, scale, causal, window, softcap, sinks_H)
 
 
@@ -81,6 +81,14 @@ def triton_takes(
 ) -> bool:
     """Whether `kernels.flash_forward` and `flash_backward` compute this call."""
     return _triton_takes(q_BQHE, k_BSKE, v_BSKU, scale, softcap)
+
+
+def triton_takes_windows(
+    q_BQHE: Tensor, k_BSKE: Tensor, v_BSKU: Tensor, scale: float, causal: bool = True, window: int = 0, *rest: Any
+) -> bool:
+    """Whether they compute this call, and sooner than FlashAttention-2: windows over the heads that were measured."""
+    measured = q_BQHE.shape[-1] == v_BSKU.shape[-1] == HOPPER_CHANNELS and cuda.is_windowed(k_BSKE, causal, window)
+    return measured and triton_takes(q_BQHE, k_BSKE, v_BSKU, scale, causal, window, *rest)
 
 
 def triton_takes_packed(
@@ -123,8 +131,16 @@ DENSE = (
         cuda.cudnn_backward,
     ),
     Kernel(
+        "Triton, windows",
+        "a window of 1024 over 4096 tokens, 32:8 heads of 128: 325 and 249 TFLOP/s, FlashAttention-2 247 and 232",
+        triton_takes_windows,
+        lazy(_FORWARD, "attention"),
+        lazy(_BACKWARD, "attention_backward"),
+        repeatable=True,
+    ),
+    Kernel(
         "FlashAttention-2",
-        "windows, of which cuDNN has none in torch; heads of 256: 287 and 232 TFLOP/s, Triton 296 and 122",
+        "other windows, of which cuDNN has none in torch; heads of 256: 287 and 232 TFLOP/s, Triton 296 and 122",
         cuda.takes_fa2,
         cuda.fa2_forward,
         cuda.fa2_backward,

@@ -28,6 +28,11 @@ def _left(k: Tensor, causal: bool, window: int) -> int | None:
     return window - 1 if causal and window and window < k.shape[1] else None
 
 
+def is_windowed(k_BSKE: Tensor, causal: bool, window: int) -> bool:
+    """Whether some query sees fewer keys than a causal mask would show it."""
+    return _left(k_BSKE, causal, window) is not None
+
+
 def takes_cudnn(
     q_BQHE: Tensor,
     k_BSKE: Tensor,
@@ -40,7 +45,7 @@ def takes_cudnn(
 ) -> bool:
     """Whether `cudnn_forward` and `cudnn_backward` compute this call."""
     plain = _takes(q_BQHE, k_BSKE, v_BSKU, causal, softcap, sinks_H, most_channels=128)
-    return plain and _left(k_BSKE, causal, window) is None
+    return plain and not is_windowed(k_BSKE, causal, window)
 
 
 def takes_fa2(

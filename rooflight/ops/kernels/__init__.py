@@ -34,10 +34,10 @@ def _launches_early() -> bool:
     return not interpreted and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-# Channels of all query heads beyond which one row's attention leaves its multiprocessors empty before the next product.
-# That product reads x again and again through the L1 cache, of which programs with much shared memory leave little
-# while any of them is there: 4.17 ms a token of Llama-3.1-8B against 4.58. Where x is short it does not matter, and
-# changing the division of the cache costs more: 0.72 ms against 1.12 of Qwen3-0.6B.
+# Channels of all query heads beyond which one row's attention is launched plainly: 4.17 ms a token of Llama-3.1-8B
+# against 4.58, 1.12 against 0.72 of Qwen3-0.6B. Two runs, between which attention's kernel changed too. The likely
+# cause: programs with much shared memory leave little L1, through which the next product reads x again and again, and
+# only an empty multiprocessor is divided anew.
 LONE_CHANNELS = 2048
 
 

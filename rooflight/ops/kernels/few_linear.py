@@ -249,7 +249,8 @@ def _launch(
     plan = plan or plan_for(rows, outputs, inputs, gate is not None)
     if plan is None:
         raise InvalidValue(f"no plan for {rows}×{outputs}×{inputs}: see rooflight/ops/kernels/few_plan.py")
-    steps, early = steps_of(plan, inputs), early_launch(rows)
+    # A plain product's weights may be what the kernel ahead has just written; those of a layer are parameters.
+    steps, early = steps_of(plan, inputs), early_launch(rows) and (norm_weight_K is not None or added)
     _few_linear_kernel[(ceil_div(outputs, plan.outputs),)](
         y,
         x_MK,

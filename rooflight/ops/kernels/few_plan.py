@@ -16,7 +16,7 @@ OTHER_REGISTERS = 44  # of a thread, for addresses, the norm and the like
 # layer of Qwen3-0.6B by `benchmarks/ops_decode_layer.py --tune few`; of 64 rows cuBLAS is the faster one.
 MANY_ROWS = 16
 SHAPES = ((32, 64, 8, 128), (32, 64, 8, 255), (16, 64, 8, 128), (16, 64, 16, 128), (16, 64, 8, 255))
-SHAPES_OF_MANY = ((16, 32, 4, 255), (16, 32, 16, 128), (16, 64, 8, 255))
+SHORT_INPUTS, SHORT_OF_MANY, LONG_OF_MANY = 1024, (16, 32, 4, 255), (16, 64, 8, 255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ def plan_for(rows: int, outputs: int, inputs: int, gated: bool) -> Plan | None:
     """
     if not LEAST_ROWS <= rows <= MOST_ROWS or inputs % 8:
         return None
-    for block, width, warps, registers in SHAPES if rows <= MANY_ROWS else SHAPES_OF_MANY:
+    of_many = SHORT_OF_MANY if inputs <= SHORT_INPUTS else LONG_OF_MANY
+    for block, width, warps, registers in SHAPES if rows <= MANY_ROWS else (of_many,):
         plan = cut(rows, inputs, gated, block, width, warps, registers)
         if plan is not None and plan.held == steps_of(plan, inputs) and ceil_div(outputs, block) >= FEWEST_PROGRAMS:
             return plan

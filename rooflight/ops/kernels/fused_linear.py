@@ -3,7 +3,7 @@
 Measured for a layer's four products and what stands between them (`benchmarks/ops_decode_layer.py`, one H200), µs:
     rows                        1      2      8      16     32     64
     Qwen3-0.6B  cuBLAS apart    33.3   35.3   30.4   30.7   31.6   32.7
-                ours            14.7   13.0   13.7          25.7          skinny, then few
+                ours            14.7   13.0   13.7          25.7          skinny, then few (at 32 as tuned)
     8B          cuBLAS apart    120.2  123.9  124.6  127.2  133.5  135.3
                 ours            111.6                120.2  130.6         skinny, then stream
 Legend: T tokens  D width  N output width  K input width

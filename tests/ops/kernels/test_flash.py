@@ -153,8 +153,9 @@ def test_which_kernel_computes_which_call():
 def test_on_hopper_heads_of_128_channels_run_in_its_own_forward(monkeypatch):
     monkeypatch.setattr(flash_hopper_plan, "is_hopper", lambda device: True)
     wide = dense(128, 128)
-    for setup in (wide, dense(128, 128, window=8), dense(128, 128, causal=False, keys=5)):
+    for setup in (wide, dense(128, 128, window=9), dense(128, 128, causal=False, keys=5)):
         assert name_of(setup) == "Hopper"
+    assert name_of(dense(128, 128, window=8)) == "Triton, windows"
     assert name_of(wide, torch.float32) == name_of(dense(128, 128, softcap=2.0)) == "Triton"
     assert name_of(dense()) == "cuDNN"
 
