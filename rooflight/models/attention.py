@@ -25,6 +25,7 @@ from rooflight.ops.attention import (
 )
 from rooflight.ops.rope import rotary
 from rooflight.ops.rotary_cache import rotate_and_cache
+from rooflight.ops.rotary_qkv import rotary_qkv
 
 Tables = dict[Any, tuple[Tensor, Tensor]]
 
@@ -126,21 +127,27 @@ class Attention(nn.Module):
         if layout.cached is not None and self.rope is not None and not wants_gradient(qkv_TW):
             q_THE = self._rotate_and_cache(qkv_TW, *tables[self.rope], layout.cached)
             return self.out(self.core.cached(q_THE, layout, self.head_dim).flatten(1), into=into_TD)
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = qkv_TW.split([q_size, kv_size, kv_size], dim=-1)
-        q_THE = q.unflatten(-1, (self.heads, self.head_dim))
-        k_TKE = k.unflatten(-1, (self.kv_heads, self.head_dim))
-        v_TKE = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
-        if self.rope is not None:
-            q_THE, k_TKE = rotary(q_THE, k_TKE, *tables[self.rope], self.rope.interleaved)
+        q_THE, k_TKE, v_TKE = self._parts(qkv_TW, tables)
         self.core.write(k_TKE, v_TKE, layout)
         if layout.whole:
             out_THE = self.core.whole(q_THE, k_TKE, v_TKE, layout)
         else:
             out_THE = self.core.cached(q_THE, layout, self.head_dim)
         return self.out(out_THE.flatten(1), into=into_TD)
+
+    def _parts(self, qkv_TW: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, with norms and positions."""
+        heads, kv_heads = self.heads, self.kv_heads
+        if self.rope is not None and self.q_norm is None and wants_gradient(qkv_TW):
+            # Its backward writes the whole projection's gradient at once.
+            return rotary_qkv(qkv_TW, *tables[self.rope], heads, kv_heads, self.rope.interleaved)
+        qkv = qkv_TW.unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        q_THE, k_TKE, v_TKE = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
+        if self.rope is not None:
+            q_THE, k_TKE = rotary(q_THE, k_TKE, *tables[self.rope], self.rope.interleaved)
+        return q_THE, k_TKE, v_TKE
 
     def _rotate_and_cache(self, qkv_TW: Tensor, cos_TC: Tensor, sin_TC: Tensor, paged: Paged) -> Tensor:
         """In one launch what `forward` does in up to four: head norms, rotation, cache write. The queries."""

@@ -30,6 +30,7 @@ RECOMPUTED = frozenset(
         "layer_norm",
         "add_layer_norm",
         "rotary",
+        "rotary_qkv",
         "activation",
         "gated_activation",
         "fp8_amax",

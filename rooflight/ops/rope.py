@@ -45,7 +45,7 @@ rotary_table = Op(
     "rotary_table",
     _rotary_table,
     cost=_rotary_table_cost,
-    kernel=lazy("rooflight.ops.kernels.rope", "rotary_table"),
+    kernel=lazy("rooflight.ops.kernels.rotary_table", "rotary_table"),
     kernel_takes=_rotary_table_takes,
 )
 

@@ -45,6 +45,8 @@ _BY_OPERATION = {
     "add_layer_norm": "norm and residual",
     "layer_norm_backward": "norm and residual",
     "rotary": "rotary",
+    "rotary_qkv": "rotary",
+    "rotary_qkv_backward": "rotary",
     "rotary_table": "rotary",
     "attention_schedule": "scores",
     "write_kv": "KV cache write",

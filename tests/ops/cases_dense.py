@@ -142,6 +142,26 @@ def cases() -> list[Case]:
                 label=f"{'interleaved' if interleaved else 'halves'}{'-inverse' * inverse}",
             )
         )
+    # Of 8 and of 10 channels: all turn, and a part.
+    for interleaved, width in ((False, 8), (True, 10)):
+        label = "interleaved" if interleaved else "halves"
+        rows += [
+            Case(
+                "rotary_qkv",
+                lambda r, i=interleaved, w=width: (r(T, 7 * w), r.fp32(T, 4), r.fp32(T, 4), 3, 2, i),
+                f.rotary_qkv,
+                sd.rotary_qkv,
+                (0,),
+                label=label,
+            ),
+            Case(
+                "rotary_qkv_backward",
+                lambda r, i=interleaved, w=width: (*(r(T, h, w) for h in (3, 2, 2)), r.fp32(T, 4), r.fp32(T, 4), i),
+                f.rotary_qkv_backward,
+                sd.rotary_qkv_backward,
+                label=label,
+            ),
+        ]
     for kind in ("silu", "gelu", "gelu_tanh", "relu"):
         rows += [
             Case("activation", lambda r, k=kind: (r(T, D), k), f.activation, sd.activation, (0,), label=kind),

@@ -64,6 +64,15 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
     return apply(q), apply(k)
 
 
+def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, key_heads: int, interleaved: bool) -> Any:
+    q, k, v = qkv.unflatten(1, (heads + 2 * key_heads, -1)).split((heads, key_heads, key_heads), 1)
+    return *rotary(q, k, cos, sin, interleaved, False), v.contiguous()
+
+
+def rotary_qkv_backward(gq: Tensor, gk: Tensor, gv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.cat((*rotary(gq, gk, cos, sin, interleaved, True), gv), 1).flatten(1)
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     if kind == "silu":
         return x / (1 + (-x).exp())

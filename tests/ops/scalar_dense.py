@@ -138,6 +138,20 @@ def rotary(q: Any, k: Any, cosines: Matrix, sines: Matrix, interleaved: bool, in
     return turn(q), turn(k)
 
 
+def rotary_qkv(qkv: Matrix, cosines: Matrix, sines: Matrix, heads: int, key_heads: int, interleaved: bool) -> Any:
+    width = len(qkv[0]) // (heads + 2 * key_heads)
+    split = [[row[i : i + width] for i in range(0, len(row), width)] for row in qkv]
+    q, k = ([token[a:b] for token in split] for a, b in ((0, heads), (heads, heads + key_heads)))
+    return *rotary(q, k, cosines, sines, interleaved, False), [token[heads + key_heads :] for token in split]
+
+
+def rotary_qkv_backward(
+    grad_q: Any, grad_k: Any, grad_v: Any, cosines: Matrix, sines: Matrix, interleaved: bool
+) -> Any:
+    grads = (*rotary(grad_q, grad_k, cosines, sines, interleaved, True), grad_v)
+    return [[x for heads in token for head in heads for x in head] for token in zip(*grads, strict=True)]
+
+
 def _sigmoid(x: Counted) -> Counted:
     return 1 / (exp(-x) + 1)
 

@@ -151,11 +151,12 @@ def step(config: ModelConfig, *, dense: bool, grad: bool = False, attention: str
 def test_a_step_over_the_cache_takes_it(attention, qk_norm):
     config = replace(CONFIG, qk_norm=qk_norm)
     names, logits = step(config, dense=False, attention=attention)
-    assert names["rotate_and_cache"] == 2 and not names.keys() & {"rotary", "write_kv"}
+    assert names["rotate_and_cache"] == 2 and not names.keys() & {"rotary", "rotary_qkv", "write_kv"}
     # The first layer's own norm is apart from its attention's. With gradients all are, and give the same numbers.
     assert names["rms_norm"] == 1
     others, same = step(config, dense=False, grad=True, attention=attention)
-    assert not others["rotate_and_cache"] and (others["rotary"], others["write_kv"]) == (2, 2)
+    assert not others["rotate_and_cache"] and others["write_kv"] == 2
+    assert others["rotary" if qk_norm else "rotary_qkv"] == 2
     assert others["rms_norm"] == 1 + 4 * qk_norm and torch.equal(logits, same)
 
 

@@ -151,8 +151,8 @@ def test_a_llama_layer_keeps_these_tensors() -> None:
     h, f, q, kv = config.width, config.ffn_width, config.heads * config.head_dim, config.kv_heads * config.head_dim
     # RMSNorm twice: its input, and its output, which is the linear's input. The backward computes 1/rms again.
     norms = 2 * (2 * h + 2 * h)
-    # Rotated q and k; v stays a view of the whole QKV output; the output and logsumexp of attention.
-    attention = 2 * (q + kv) + 2 * (q + 2 * kv) + 2 * q + 4 * config.heads
+    # Rotated q and k, and v; the output and logsumexp of attention. The QKV output itself is gone.
+    attention = 2 * (q + 2 * kv) + 2 * q + 4 * config.heads
     swiglu = 2 * 2 * f + 2 * f
     assert layer_bytes(llama, Setting("train", b, s)) == s * b * (norms + attention + swiglu)
 

@@ -24,7 +24,7 @@ from tests.workload.setups import FAMILIES, KINDS, PHASES, llama, randomised, ru
 LAYER = (
     ("attention_norm", "add_rms_norm", "norm and residual"),
     ("attention.qkv", "linear", "QKV"),
-    ("attention", "rotary", "QKV"),
+    ("attention", "rotary_qkv", "QKV"),
     ("attention", "attention", "QKV"),
     ("attention.out", "linear", "output projection"),
     ("ffn_norm", "add_rms_norm", "norm and residual"),
@@ -32,7 +32,7 @@ LAYER = (
     ("ffn", "gated_activation", "feed-forward"),
     ("ffn.down", "linear", "feed-forward"),
 )
-CHEAP = {"add_rms_norm", "rotary", "gated_activation"}
+CHEAP = {"add_rms_norm", "rotary_qkv", "gated_activation"}
 
 
 def train(recompute: str = "none", attention: str = "flash", layers: int = 3) -> Walk:
@@ -70,7 +70,7 @@ def test_backward_operations_belong_to_the_module_of_their_forward(recompute: st
         ("attention", "attention_backward"),
         ("attention_scores", "attention_scores_backward"),
         ("attention_softmax", "attention_softmax_backward"),
-        ("rotary", "rotary"),
+        ("rotary_qkv", "rotary_qkv_backward"),
         ("embedding", "embedding_backward"),
     ):
         assert Counter(r.path for r in of(walk, BACKWARD, back)) == Counter(r.path for r in of(walk, FORWARD, name))

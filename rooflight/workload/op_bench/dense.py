@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rooflight.ops import activation, embedding, layer_norm, linear, norm, rope
+from rooflight.ops import activation, embedding, layer_norm, linear, norm, rope, rotary_qkv
 from rooflight.ops.attention.naive import attention_softmax
 from rooflight.workload.op_bench import installed
 from rooflight.workload.op_bench.case import Args, Draw, Operation
@@ -80,6 +80,16 @@ def turned(x_THE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 def _plain_rotary(q_THE: Tensor, k_TKE: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Args:
     return turned(q_THE, cos_TC, sin_TC), turned(k_TKE, cos_TC, sin_TC)
+
+
+def _rotary_qkv_inputs(draw: Draw, tokens: int, heads: int, key_heads: int, head_dim: int) -> Args:
+    angles_TC = draw(tokens, head_dim // 2, dtype=torch.float32)
+    return draw(tokens, (heads + 2 * key_heads) * head_dim), angles_TC.cos(), angles_TC.sin(), heads, key_heads
+
+
+def _plain_rotary_qkv(qkv_TW: Tensor, cos_TC: Tensor, sin_TC: Tensor, heads: int, key_heads: int) -> Args:
+    q, k, v = qkv_TW.unflatten(1, (heads + 2 * key_heads, -1)).split([heads, key_heads, key_heads], 1)
+    return turned(q, cos_TC, sin_TC), turned(k, cos_TC, sin_TC), v.contiguous()
 
 
 def _applied(x: Tensor, kind: str) -> Tensor:
@@ -163,7 +173,8 @@ OPERATIONS = [
         "softmax",
         "softmax of rows, as naive attention's of its scores",
         make=lambda draw, rows, width: (draw(rows, width),),
-        ours=lambda x: attention_softmax(x[None, None], False)[0, 0],
+        # A view: the backward of an index would fill and copy two more matrices.
+        ours=lambda x: attention_softmax(x[None, None], False).flatten(0, 2),
         plain=lambda x: torch.softmax(x, -1),
         reference=_softmax_of,
         label="{}×{}".format,
@@ -182,6 +193,16 @@ OPERATIONS = [
         wrt=(0, 1),
         trains=rows_first,
         also=("rope",),
+    ),
+    Operation(
+        "rotary_qkv",
+        "rotary positions of q and k, and v, out of one projection; back into its gradient",
+        make=_rotary_qkv_inputs,
+        ours=rotary_qkv.rotary_qkv,
+        plain=_plain_rotary_qkv,
+        label="{}×({}+{})×{}".format,
+        wrt=(0,),
+        trains=rows_first,
     ),
     Operation(
         "gated_activation",

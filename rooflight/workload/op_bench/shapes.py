@@ -76,6 +76,12 @@ SHAPES: dict[str, Shapes] = {
         cpu=((1024, *_SMALL),),
         cpu_grid=((1, *_SMALL),),
     ),
+    "rotary_qkv": Shapes(
+        gpu=((16384, *_LLAMA),),
+        gpu_grid=((16384, 32, 8, 64), (16384, 24, 8, 128)),
+        cpu=((1024, *_SMALL),),
+        cpu_grid=((256, *_SMALL),),
+    ),
     "gated_activation": Shapes(  # kind, tokens, width
         gpu=(("silu", 16384, 14336), ("gelu_tanh", 16384, 8192)),
         gpu_grid=(("silu", 1, 14336), ("silu", 128, 14336), ("silu", 16384, 8192), ("gelu", 16384, 8192)),

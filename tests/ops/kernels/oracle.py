@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rooflight.ops import activation, embedding, layer_norm, norm, rope
+from rooflight.ops import activation, embedding, layer_norm, norm, rope, rotary_qkv
 from rooflight.ops.op import Op
 from tests.ops import formulas as f
 
@@ -16,7 +16,7 @@ from tests.ops import formulas as f
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 OPS: dict[str, Op] = {
     name: value
-    for module in (activation, embedding, layer_norm, norm, rope)
+    for module in (activation, embedding, layer_norm, norm, rope, rotary_qkv)
     for name, value in vars(module).items()
     if isinstance(value, Op)
 }
@@ -40,6 +40,8 @@ FORMULAS: dict[str, Any] = {
     "gated_activation": f.gated_activation,
     "gated_activation_backward": lambda g, x, k: f.gradients(lambda y: f.gated_activation(y, k), (x,), g)[0],
     "rotary": f.rotary,
+    "rotary_qkv": f.rotary_qkv,
+    "rotary_qkv_backward": f.rotary_qkv_backward,
     "embedding_backward": _embedding_backward,
 }
 

@@ -22,7 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rooflight.ops.kernels import activation, embedding, layer_norm, norm, norm_rows, norm_wide, rope, softmax
+from rooflight.ops.kernels import (
+    activation,
+    layer_norm,
+    norm,
+    norm_rows,
+    norm_wide,
+    rope,
+    rotary_table,
+    softmax,
+)
 
 # What `test_every_kernel` asks for.
 COMPILES = (
@@ -30,8 +39,6 @@ COMPILES = (
     activation._activation_backward_kernel,
     activation._gated_kernel,
     activation._gated_backward_kernel,
-    embedding._segment_kernel,
-    embedding._join_kernel,
     layer_norm._layer_norm_kernel,
     layer_norm._layer_norm_backward_kernel,
     norm._rms_norm_kernel,
@@ -41,7 +48,7 @@ COMPILES = (
     norm_wide._statistics_kernel,
     norm_wide._columns_kernel,
     rope._rotary_kernel,
-    rope._table_kernel,
+    rotary_table._table_kernel,
     softmax._softmax_kernel,
     softmax._softmax_backward_kernel,
 )
@@ -50,6 +57,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -196,9 +204,15 @@ def _rotary(tokens: int, heads: int, kv_heads: int, head_dim: int, interleaved: 
     return lambda: rope.rotary(q, k, table, table, interleaved)
 
 
-def _embedding(tokens: int, vocabulary: int, width: int) -> Callable[[], Any]:
-    grad, ids = meta(tokens, width), meta(tokens, dtype=torch.int64)
-    return lambda: embedding.embedding_backward(grad, ids, vocabulary, 1.0)
+def _rotary_qkv(tokens: int, heads: int, kv_heads: int, head_dim: int, interleaved: bool) -> Callable[[], Any]:
+    table = meta(tokens, head_dim // 2, dtype=torch.float32)
+    qkv = meta(tokens, (heads + 2 * kv_heads) * head_dim)
+
+    def both() -> None:
+        parts = rope.rotary_qkv(qkv, table, table, heads, kv_heads, interleaved)
+        rope.rotary_qkv_backward(*parts, table, table, interleaved)
+
+    return both
 
 
 def _softmax(rows: int, keys: int, causal: bool, softcap: float = 0.0) -> Callable[[], Any]:
@@ -250,8 +264,9 @@ LAUNCHES: dict[str, tuple[Callable[[], Any], int]] = {
     "rotary 64": (_rotary(16384, 32, 8, 64, False), 1024),
     "rotary 128": (_rotary(16384, 24, 8, 128, False), 1024),
     "rotary interleaved": (_rotary(16384, 32, 8, 64, True), 1024),
-    "embedding 2048": (_embedding(16384, 128256, 2048), 1024),
-    "embedding 768": (_embedding(32768, 50304, 768), 1024),
+    "rotary and back of qkv 64": (_rotary_qkv(16384, 32, 8, 64, False), 1024),
+    "rotary and back of qkv 128": (_rotary_qkv(16384, 24, 8, 128, False), 1024),
+    "rotary and back of qkv interleaved": (_rotary_qkv(16384, 32, 8, 64, True), 1024),
 }
 
 
@@ -272,7 +287,7 @@ def test_compiles_for_hopper(name: str, compiled: list[Compiled]):
 
 @pytest.mark.parametrize("tokens", [1, 8192])
 def test_the_rotary_table_compiles(tokens: int, compiled: list[Compiled]):
-    rope.rotary_table(meta(tokens, dtype=torch.int64), meta(64, dtype=torch.float32), 1.0)
+    rotary_table.rotary_table(meta(tokens, dtype=torch.int64), meta(64, dtype=torch.float32), 1.0)
     (kernel,) = compiled
     # A large angle is reduced in a loop with a table on the stack, not with spilled registers.
     assert kernel.stack <= 64 and kernel.resident_threads >= 512 and kernel.wide_stores > 0

@@ -40,6 +40,31 @@ def test_slices_of_fused_qkv(interpret, interleaved, c):
         assert_close(out, exact("rotary", *pair, cos, sin, interleaved, False), torch.float32)
 
 
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("t", "h", "k", "e", "c"), SIZES)
+def test_out_of_fused_qkv_and_back(interpret, t, h, k, e, c, interleaved, dtype):
+    tables = (draw(t, c, seed=2), draw(t, c, seed=3))
+    args = (draw(t, (h + 2 * k) * e, dtype=dtype), *tables, h, k, interleaved)
+    q, k, v = interpret("rope.rotary_qkv", *args)
+    assert_close((q, k, v), exact("rotary_qkv", *args), dtype)
+    grads = tuple(draw(*x.shape, dtype=dtype, seed=4 + i) for i, x in enumerate((q, k, v)))
+    args = (*grads, *tables, interleaved)
+    assert_close(interpret("rope.rotary_qkv_backward", *args), exact("rotary_qkv_backward", *args), dtype)
+
+
+def test_gradients_and_projections_that_lie_otherwise(interpret):
+    cos, sin = draw(11, 4, seed=1), draw(11, 4, seed=2)
+    by_head = tuple(draw(h, 11, 8, seed=h).transpose(0, 1) for h in (4, 2, 2))
+    by_channel = tuple(draw(11, 8, h, seed=h).transpose(1, 2) for h in (4, 2, 2))
+    for grads in (by_head, by_channel):
+        args = (*grads, cos, sin, False)
+        assert_close(interpret("rope.rotary_qkv_backward", *args), exact("rotary_qkv_backward", *args), torch.float32)
+    for qkv in (draw(22, 64)[::2], draw(11, 80)[:, 8:72], draw(64, 11).t()):
+        args = (qkv, cos, sin, 4, 2, False)
+        assert_close(interpret("rope.rotary_qkv", *args), exact("rotary_qkv", *args), torch.float32)
+
+
 def test_the_inverse_undoes(interpret):
     q, k, angle = draw(5, 2, 8), draw(5, 1, 8, seed=1), draw(5, 3, seed=2)
     turned = interpret("rope.rotary", q, k, angle.cos(), angle.sin())
@@ -54,14 +79,21 @@ def test_what_the_kernel_leaves_to_the_reference():
     assert not takes("rotary", q, k.bfloat16(), table, table)
     assert not takes("rotary", q, k[..., :6], table, table)
     assert not takes("rotary", q, k, table[:1], table[:1])
+    qkv = torch.empty(3, 32)
+    assert takes("rotary_qkv", qkv, table, table, 2, 1, True)
+    assert not takes("rotary_qkv", qkv, table, table, 2, 2, True)
+    assert not takes("rotary_qkv", qkv, table[:1], table[:1], 2, 1, True)
+    assert takes("rotary_qkv_backward", q, k, k, table, table, True)
+    assert not takes("rotary_qkv_backward", q, k, k.bfloat16(), table, table, True)
+    assert not takes("rotary_qkv_backward", q, k, k[:, :0], table, table, True)
 
 
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (9, 3), (700, 32)])
 def test_rotary_table(interpret, tokens, channels):
     positions = torch.randint(0, 100_000, (tokens,), generator=torch.Generator().manual_seed(tokens))
     frequencies = 10_000.0 ** -(torch.arange(channels) / channels)
-    found = interpret("rope.rotary_table", positions, frequencies, 1.25)
+    found = interpret("rotary_table.rotary_table", positions, frequencies, 1.25)
     # An angle of 100,000 in fp32 is 0.004 off itself, so the reference's fp32 angles are the measure.
     assert_close(found, rotary_table.reference(positions, frequencies, 1.25), torch.float32)
-    found = interpret("rope.rotary_table", positions.int(), frequencies, 1.25)
+    found = interpret("rotary_table.rotary_table", positions.int(), frequencies, 1.25)
     assert_close(found, rotary_table.reference(positions, frequencies, 1.25), torch.float32)
