@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rooflight.ops.cost import Cost, Count, Movement, Primitive, elementwise_cost
-from rooflight.ops.op import Op
+from rooflight.ops.op import Op, lazy, same_kernel_dtype
 
 IGNORE = -100
+_KERNELS = "rooflight.ops.kernels.cross_entropy"
 
 
 def capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
@@ -67,6 +68,10 @@ def _cross_entropy(
     return losses_T.sum() / (targets_T != ignore_index).sum(), lse_T
 
 
+def _takes(logits_TV: Tensor, targets_T: Tensor, ignore_index: int, softcap: float) -> bool:
+    return same_kernel_dtype(logits_TV) and logits_TV.numel() > 0
+
+
 def _cross_entropy_shape(
     logits_TV: Tensor, targets_T: Tensor, ignore_index: int = IGNORE, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +107,12 @@ def _cross_entropy_backward(
     return logits_grad(z_TV, tanh_TV, lse_T, targets_T, ignore_index, factor).to(logits_TV.dtype)
 
 
+def _backward_takes(
+    grad: Tensor, logits_TV: Tensor, targets_T: Tensor, lse_T: Tensor, ignore_index: int, softcap: float
+) -> bool:
+    return _takes(logits_TV, targets_T, ignore_index, softcap) and lse_T.dtype == torch.float32
+
+
 def _cross_entropy_backward_shape(
     grad: Tensor, logits_TV: Tensor, targets_T: Tensor, lse_T: Tensor, ignore_index: int, softcap: float
 ) -> Tensor:
@@ -128,6 +139,8 @@ cross_entropy_backward = Op(
     _cross_entropy_backward,
     cost=_cross_entropy_backward_cost,
     shape=_cross_entropy_backward_shape,
+    kernel=lazy(_KERNELS, "cross_entropy_backward"),
+    kernel_takes=_backward_takes,
 )
 
 
@@ -146,6 +159,8 @@ cross_entropy = Op(
     _cross_entropy,
     cost=_cross_entropy_cost,
     shape=_cross_entropy_shape,
+    kernel=lazy(_KERNELS, "cross_entropy"),
+    kernel_takes=_takes,
     backward=_backward,
     setup=_setup,
 )

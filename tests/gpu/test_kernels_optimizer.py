@@ -201,7 +201,9 @@ def test_fused_loss(
     same = torch.autograd.grad(again * 0.7, (x_TD, weight_VD))
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(x_TD, weight_VD, targets_T, softcap, IGNORE, count), loss)
+        # Without a gradient the kernel's blocks are smaller, and so the order of its sums is another.
+        alone = linear_cross_entropy(x_TD, weight_VD, targets_T, softcap, IGNORE, count)
+        torch.testing.assert_close(alone, loss.detach(), rtol=2e-6, atol=0)
 
 
 def test_the_fused_loss_holds_what_its_price_says() -> None:

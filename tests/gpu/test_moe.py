@@ -141,8 +141,13 @@ def test_grouped_with_its_activation(rows, experts, kind, dtype):
     g = torch.Generator("cuda").manual_seed(rows)
     shapes = ((rows, 200), (experts, 2 * 360, 200), (experts, 2 * 360))
     x, weight, bias = (torch.randn(shape, generator=g, device="cuda").to(dtype) for shape in shapes)
-    want = activation._gated(grouped._linear(x.double(), weight.double() / 16, bias.double(), counts), kind)
-    assert_close(grouped_gated_linear(x, weight / 16, bias, counts, kind), want, dtype)
+    weight = weight / 16
+    if grouped.is_ours(x, weight):
+        product = grouped._linear(x.double(), weight.double(), bias.double(), counts)
+    else:
+        # Of many rows the activation finds the product rounded, as `test_grouped` holds it.
+        product = grouped_linear(x, weight, bias, counts).double()
+    assert_close(grouped_gated_linear(x, weight, bias, counts, kind), activation._gated(product, kind), dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33, 200])

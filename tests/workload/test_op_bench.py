@@ -36,6 +36,7 @@ TINY: dict[str, tuple[Any, ...]] = {
     "add_layer_norm": (256, 32),
     "softmax": (256, 32),
     "rotary": (256, 4, 2, 16),
+    "rotary_qkv": (256, 4, 2, 16),
     "gated_activation": ("silu", 256, 16),
     "activation": ("gelu_tanh", 256, 16),
     "embedding": (256, 64, 16),
@@ -110,6 +111,11 @@ def test_a_norm_by_hand() -> None:
     back = row("add_rms_norm", BACKWARD, sizes=(512, 256))
     # Both incoming gradients, the sum and the weight in; one gradient for x and residual, and the weight's, out.
     assert back.bytes == 4 * (4 * 512 * 256 + 2 * 256)
+
+
+def test_the_backward_of_softmax_moves_nothing_else() -> None:
+    # Probabilities and their gradient in, the scores' out.
+    assert row("softmax", BACKWARD, sizes=(512, 256)).bytes == 4 * 3 * 512 * 256
 
 
 def test_a_pass_of_several_operations_takes_them_one_after_the_other() -> None:

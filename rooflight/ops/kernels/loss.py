@@ -16,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rooflight.ops.fused_loss import ROW_ALIGNMENT
+from rooflight.ops.kernels import power_of_2
 
-BLOCK = 8192  # logits that a program loads at once
-WARPS = 16
+# Logits that a program loads at once, where they are only read and where their gradient replaces them. The latter has a
+# multiprocessor to itself: fewer rows are then between their two reads, and L2 holds more of each.
+READ_BLOCK, GRAD_BLOCK = 4096, 32768
+MAX_WARPS = 32
 
 
 @triton.jit
@@ -39,21 +42,20 @@ def _capped(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _online(peak, total, z):
-    """Running maximum and Σexp(z − maximum) in every lane, with one exponential for an element."""
-    decay = tl.exp(-tl.abs(z - peak))
-    total = tl.where(z > peak, total * decay + 1.0, total + decay)
-    return tl.maximum(peak, z), total
+def _online(peaks, totals, z):
+    """Running maximum and Σexp(z − maximum) of each lane, after its next elements: a row of z."""
+    higher = tl.maximum(peaks, tl.max(z, 1))
+    return higher, totals * tl.exp(peaks - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
 
 
 @triton.jit
-def _gradient(z, lse, factor, softcap, SOFTCAP: tl.constexpr):
-    """softmax·factor of raw logits, through the softcap's derivative."""
+def gradient(z, hot, lse, factor, softcap, SOFTCAP: tl.constexpr):
+    """(softmax − one-hot)·factor of raw logits, through the softcap's derivative."""
     if SOFTCAP:
         tanh = _tanh(z / softcap)
-        grad = tl.exp(softcap * tanh - lse) * factor * (1.0 - tanh * tanh)
+        grad = (tl.exp(softcap * tanh - lse) - hot) * factor * (1.0 - tanh * tanh)
     else:
-        grad = tl.exp(z - lse) * factor
+        grad = (tl.exp(z - lse) - hot) * factor
     return grad
 
 
@@ -61,8 +63,10 @@ def _gradient(z, lse, factor, softcap, SOFTCAP: tl.constexpr):
 def row_loss_kernel(
     logits,
     row_stride,
+    row_width,
     targets,
     losses,
+    lse_ptr,
     factor_ptr,
     vocabulary,
     softcap,
@@ -70,73 +74,93 @@ def row_loss_kernel(
     SOFTCAP: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     start = logits + row * row_stride
-    lane = tl.arange(0, BLOCK)
-    if target == ignore_index:
-        tl.store(losses + row, 0.0)
-        if GRAD:
-            for first in range(0, vocabulary, BLOCK):
-                column = first + lane
-                tl.store(start + column, tl.zeros((BLOCK,), start.dtype.element_ty), mask=column < row_stride)
-        return
+    # A thread's 16 bytes are a row of the tile, so that it keeps one maximum and one sum for them.
+    lane = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    # Whether the logsumexp of ignored rows is wanted, is decided when this is compiled.
+    if lse_ptr is None:  # noqa: SIM102
+        if target == ignore_index:
+            tl.store(losses + row, 0.0)
+            if GRAD:
+                for first in range(0, vocabulary, BLOCK):
+                    column = first + lane
+                    tl.store(start + column, tl.zeros_like(lane).to(start.dtype.element_ty), mask=column < row_width)
+            return
     whole = vocabulary // BLOCK * BLOCK
     # −3e38 stands for −∞, whose difference with itself is NaN.
-    peak = tl.full((BLOCK,), -3e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    peaks = tl.full((BLOCK // LANE,), -3e38, tl.float32)
+    totals = tl.zeros((BLOCK // LANE,), tl.float32)
+    # What is read again is to stay in L2.
+    policy: tl.constexpr = "evict_last" if GRAD else "evict_first"
     for first in range(0, whole, BLOCK):
-        z = tl.load(start + first + lane, eviction_policy="evict_last").to(tl.float32)
-        peak, total = _online(peak, total, _capped(z, softcap, SOFTCAP))
+        z = tl.load(start + first + lane, eviction_policy=policy).to(tl.float32)
+        peaks, totals = _online(peaks, totals, _capped(z, softcap, SOFTCAP))
     if whole < vocabulary:
         column = whole + lane
-        # Up to the stride, which vector loads divide; what lies between the vocabulary and it is not a logit.
-        z = tl.load(start + column, mask=column < row_stride, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        z = tl.where(column < vocabulary, _capped(z, softcap, SOFTCAP), -3e38)
-        peak, total = _online(peak, total, z)
-    highest = tl.max(peak)
-    lse = tl.log(tl.sum(total * tl.exp(peak - highest))) + highest
+        # What lies between the vocabulary and the row's width, which vector loads divide, is not a logit.
+        z = tl.load(start + column, mask=column < row_width, other=0.0, eviction_policy=policy).to(tl.float32)
+        z = tl.where(column < vocabulary, _capped(z, softcap, SOFTCAP), float("-inf"))
+        peaks, totals = _online(peaks, totals, z)
+    highest = tl.max(peaks)
+    lse = tl.log(tl.sum(totals * tl.exp(peaks - highest))) + highest
     inside = (target >= 0) & (target < vocabulary)
     picked = tl.load(start + target, mask=inside, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, lse - _capped(picked, softcap, SOFTCAP))
+    loss = lse - _capped(picked, softcap, SOFTCAP)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse)
+        loss = tl.where(target == ignore_index, 0.0, loss)
+    tl.store(losses + row, loss)
     if GRAD:
         factor = tl.load(factor_ptr)
         # Every thread has read before any writes, and every one has written before the target's own element is.
         tl.debug_barrier()
         for first in range(0, whole, BLOCK):
             z = tl.load(start + first + lane, eviction_policy="evict_first").to(tl.float32)
-            grad = _gradient(z, lse, factor, softcap, SOFTCAP)
+            grad = gradient(z, 0.0, lse, factor, softcap, SOFTCAP)
             tl.store(start + first + lane, grad.to(start.dtype.element_ty))
         if whole < vocabulary:
             column = whole + lane
-            z = tl.load(start + column, mask=column < row_stride, other=0.0).to(tl.float32)
-            grad = _gradient(z, lse, factor, softcap, SOFTCAP)
-            tl.store(start + column, grad.to(start.dtype.element_ty), mask=column < row_stride)
+            z = tl.load(start + column, mask=column < row_width, other=0.0).to(tl.float32)
+            grad = gradient(z, 0.0, lse, factor, softcap, SOFTCAP)
+            tl.store(start + column, grad.to(start.dtype.element_ty), mask=column < row_width)
         tl.debug_barrier()
-        own = _gradient(picked, lse, factor, softcap, SOFTCAP)
-        if SOFTCAP:
-            tanh = _tanh(picked / softcap)
-            own -= factor * (1.0 - tanh * tanh)
-        else:
-            own -= factor
+        own = gradient(picked, 1.0, lse, factor, softcap, SOFTCAP)
         tl.store(start + target, own.to(start.dtype.element_ty), mask=inside)
 
 
+def _lane(logits_NV: Tensor) -> int:
+    """Elements that a thread loads at once: 16 bytes, where all rows begin at a multiple of what Triton looks for."""
+    aligned = logits_NV.stride(0) % 16 == 0 and logits_NV.data_ptr() % 16 == 0
+    return 16 // logits_NV.element_size() if aligned else 1
+
+
 def row_losses(
-    logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, factor: Tensor | None, softcap: float, ignore_index: int
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    losses_N: Tensor,
+    factor: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    lse_N: Tensor | None = None,
 ) -> None:
     """Losses of a chunk's rows; with a factor (fp32, on the device) the logits become their gradient times it.
 
-    A target outside the vocabulary that is not `ignore_index` gives NaN. Rows may be padded to their stride.
+    A target outside the vocabulary that is not `ignore_index` gives NaN. Rows are padded to their stride, and all of
+    that may be read and written; not where `lse_N`, every row's logsumexp, is wanted.
     """
     vocabulary, targets_N = logits_NV.shape[1], targets_N.contiguous()
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(READ_BLOCK if factor is None else GRAD_BLOCK, power_of_2(vocabulary))
     row_loss_kernel[(logits_NV.shape[0],)](
         logits_NV,
         logits_NV.stride(0),
+        logits_NV.stride(0) if lse_N is None else vocabulary,
         targets_N,
         losses_N,
+        lse_N,
         factor,
         vocabulary,
         softcap,
@@ -144,7 +168,8 @@ def row_losses(
         SOFTCAP=softcap != 0.0,
         GRAD=factor is not None,
         BLOCK=block,
-        num_warps=max(1, min(WARPS, block // 512)),
+        LANE=min(_lane(logits_NV), block),
+        num_warps=max(1, min(MAX_WARPS, block // 512)),
     )
 
 

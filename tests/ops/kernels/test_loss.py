@@ -19,7 +19,6 @@ from tests.ops.kernels.test_ahead_of_time import Compiled, compile_launch, meta
 
 COMPILES = (loss.row_loss_kernel,)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# In fp32 the product over 16,384 terms alone is off by 1.4e-5.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -55,8 +54,7 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     [
         (7, 37, 3, 0),  # an odd vocabulary in several chunks, the last one short
         (5, 128, 8, 9),  # whole blocks only, one chunk, the count of a larger batch
-        (3, loss.BLOCK + 301, 2, 0),  # a whole block and a piece
-        (3, 2 * loss.BLOCK, 3, 0),
+        (3, loss.READ_BLOCK + 301, 2, 0),  # without a gradient, a whole block and a piece
     ],
 )
 def test_loss_and_gradients(
@@ -71,7 +69,30 @@ def test_loss_and_gradients(
     again = interpret("loss.linear_cross_entropy_with_grad", *args, softcap, IGNORE, count, chunk)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     alone = interpret("loss.linear_cross_entropy", *args, softcap, IGNORE, count, chunk)
-    assert torch.equal(alone, found[0])
+    # Its blocks are smaller, and so the order of its sums is another.
+    torch.testing.assert_close(alone, found[0], rtol=2e-6, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("vocabulary", [loss.GRAD_BLOCK + 301, 2 * loss.GRAD_BLOCK])
+def test_rows_of_several_blocks_become_their_gradient(
+    interpret: Interpreter, vocabulary: int, softcap: float, dtype: torch.dtype
+) -> None:
+    # Without the products, which over so many terms are off by more than the kernel is.
+    x_TD, weight_VD, targets_T = drawn(3, vocabulary, 8, dtype)
+    logits_TV = loss.logits_buffer(x_TD, vocabulary, 3)
+    torch.mm(x_TD, weight_VD.t(), out=logits_TV)
+    leaf = logits_TV.double().requires_grad_()
+    z_TV = softcap * torch.tanh(leaf / softcap) if softcap else leaf
+    losses = cross_entropy(z_TV, targets_T, reduction="none", ignore_index=IGNORE)
+    (grad,) = torch.autograd.grad(losses.sum() / 2, leaf)
+    args = logits_TV, targets_T, torch.zeros(3), torch.tensor(0.5), softcap, IGNORE
+    _, (found_TV, _, losses_T, *_) = interpret.call("loss.row_losses", *args)
+    torch.testing.assert_close(losses_T.double(), losses.detach(), rtol=1e-6, atol=0)
+    # A rounding of each element, and fp32's of the logsumexp.
+    rtol = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(found_TV.double(), grad, rtol=rtol, atol=3.1e-8)
 
 
 def test_rows_of_great_range_neither_overflow_nor_vanish(interpret: Interpreter) -> None:
@@ -131,7 +152,7 @@ def test_compiles_for_hopper(
     factor = meta(dtype=torch.float32) if graded else None
     loss.row_losses(logits_NV, targets_N, losses_N, factor, softcap, IGNORE)
     (kernel,) = compiled
-    # Two registers more than there are, for a softcap's constants.
-    assert kernel.stack <= (16 if softcap else 0)
+    # In fp32 a softcap takes 14 registers more than a thread of 32 warps has, in the piece of an odd vocabulary alone.
+    assert kernel.stack <= (56 if softcap and graded and dtype == torch.float32 and vocabulary == 50257 else 0)
     assert kernel.wide_loads >= 4 and kernel.wide_stores >= (4 if graded else 0)
     assert kernel.resident_threads >= 512
