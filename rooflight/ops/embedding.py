@@ -67,7 +67,7 @@ def _embedding_backward_cost(out_VD: Tensor, grad_TD: Tensor, tokens_T: Tensor, 
 
 
 def _takes(grad_TD: Tensor, tokens_T: Tensor, vocabulary: int, *_: float) -> bool:
-    return grad_TD.dtype in KERNEL_DTYPES and grad_TD.shape[-1] > 0 and vocabulary < 2**31
+    return grad_TD.dtype in KERNEL_DTYPES and grad_TD.shape[-1] > 0 and vocabulary < 2**22
 
 
 embedding_backward = Op(

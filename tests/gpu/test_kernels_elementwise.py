@@ -12,6 +12,7 @@ from rooflight.ops.activation import gated_activation
 from rooflight.ops.embedding import embedding, embedding_backward
 from rooflight.ops.norm import add_rms_norm, rms_norm
 from rooflight.ops.rope import rotary
+from rooflight.ops.rotary_qkv import rotary_qkv
 from tests.ops.kernels.oracle import OPS, assert_close, bits_equal, exact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels_only")]
@@ -109,6 +110,23 @@ def test_rotary(tokens, heads, kv_heads, head_dim, channels, interleaved, dtype)
 
 
 @DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim", "channels"),
+    [(16384, 32, 8, 64, 32), (16384, 24, 8, 128, 64), (4097, 12, 12, 64, 16), (333, 3, 1, 80, 20)],
+)
+def test_rotary_qkv(tokens, heads, kv_heads, head_dim, channels, interleaved, dtype):
+    qkv = draw(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype).requires_grad_()
+    angle = draw(tokens, channels, dtype=torch.float32, seed=1)
+    args = (angle.cos(), angle.sin(), heads, kv_heads, interleaved)
+    out = rotary_qkv(qkv, *args)
+    assert_close([x.detach() for x in out], exact("rotary_qkv", qkv.detach(), *args), dtype)
+    grads = tuple(draw(*x.shape, dtype=dtype, seed=2) for x in out)
+    (found,) = torch.autograd.grad(out, qkv, grads)
+    assert_close(found, exact("rotary_qkv_backward", *grads, *args[:2], interleaved), dtype)
+
+
+@DTYPES
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"])
 @pytest.mark.parametrize(("rows", "width"), [(16384, 8192), (32768, 3072), (513, 2880), (100, 5621)])
 def test_gated_activation(rows, width, kind, dtype):
@@ -149,3 +167,23 @@ def test_embedding_backward(tokens, vocabulary, width, share, dtype):
     assert (error / size).max() < (1e-2 if dtype != torch.float32 else 1e-4)
     assert not found[expected.abs().amax(1) == 0].any()
     assert torch.equal(found, embedding_backward(grad, ids, vocabulary, 2.0))
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), [(32768, 50304, 768), (8192, 128256, 4096)])
+def test_embedding_backward_in_a_graph(tokens, vocabulary, width):
+    """Its launches overlap: replays, one on the heels of another, must leave nothing unwritten and no sum undone."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rare = torch.rand(tokens, device="cuda", generator=generator, dtype=torch.float64)
+    ids = (vocabulary**rare).long() - 1  # a token's share falls with its number
+    grad = draw(tokens, width, dtype=torch.bfloat16)
+    expected = embedding_backward(grad, ids, vocabulary, 1.0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [embedding_backward(grad, ids, vocabulary, 1.0) for _ in range(3)]
+    for _ in range(10):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        graph.replay()
+        assert all(torch.equal(out, expected) for out in outs)
