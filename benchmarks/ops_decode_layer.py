@@ -1,11 +1,12 @@
 """A decoder layer's four products with norms, gate and residual sums on a GPU, by who computes them, in µs a layer.
 
-    python -m benchmarks.ops_decode_layer [--rows 8,32] [--models 0.6b] [--tune few|skinny]
+    python -m benchmarks.ops_decode_layer [--rows 8,32] [--models 0.6b] [--tune few|skinny|wide]
 
 Takes about a minute on an H200. Attention is left out. Calls run in a CUDA graph over more weights than the L2 cache
 holds. "separate" is cuBLAS with our norm and gate kernels; the others carry norm, gate and sum along (skinny: one row,
-few: 2 to 32, stream: 2 to 128), and where they have no plan the product is made by separate kernels. The share is of
-the time in which memory gives the weights. `--tune` tries other plans, one product after the other.
+few: 2 to 32, wide: to 128 of a small matrix, stream: 2 to 128), and where they have no plan the product is made by
+separate kernels. The share is of the time in which memory gives the weights. `--tune` tries other plans, one product
+after the other.
 """
 
 from __future__ import annotations
@@ -21,13 +22,26 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.timing import attempt, eager_seconds, graph_seconds, in_processes
-from rooflight.ops.kernels import ceil_div, few_linear, few_plan, power_of_2, skinny_linear, skinny_plan
+from rooflight.ops.kernels import (
+    ceil_div,
+    few_linear,
+    few_plan,
+    power_of_2,
+    processors,
+    skinny_linear,
+    skinny_plan,
+    stream_plan,
+    wide_linear,
+    wide_plan,
+)
 from rooflight.ops.kernels.activation import gated_activation
+from rooflight.ops.kernels.fused_linear import SMALL_WEIGHTS
 from rooflight.ops.kernels.norm import add_rms_norm, rms_norm
 from rooflight.ops.kernels.stream_linear import stream_linear
 
 EPS = 1e-5
 BYTES_PER_S = 4.31e12  # what an H200 copies
+NAMES = ("separate", "few", "skinny", "stream", "wide")
 GRAPH_SECONDS, MOST_RUNS, WARM_REPLAYS, REPLAYS = 4e-3, 8, 12, 7
 WRONG = 2e-2
 
@@ -111,7 +125,7 @@ def stream(x: Tensor, product: Product, weights: Weights, residual: Tensor, plan
     return stream_linear(x, w, residual_MN=residual)
 
 
-few, skinny = ours(few_linear), ours(skinny_linear)
+few, skinny, wide = ours(few_linear), ours(skinny_linear), ours(wide_linear)
 
 
 def layers_of(run: Run, model: Model, layers: list[list[Weights]], start: Tensor, plans: Iterable[Any]) -> None:
@@ -171,14 +185,34 @@ def skinny_plans(rows: int, product: Product) -> Iterator[skinny_plan.Plan]:
         yield from (skinny_plan.Plan(*plan) for plan in ((4, 1024, 4, 1), (2, 2048, 4, 1), (4, 1024, 4, 4)))
 
 
+def wide_plans(rows: int, product: Product) -> Iterator[wide_plan.Plan]:
+    """What shared memory allows."""
+    gated, block = product.gate is not None, wide_plan.rows_block(rows)
+    for plan in itertools.starmap(
+        wide_plan.Plan, itertools.product((64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (64, 128), (2, 4, 8, 16))
+    ):
+        programs = wide_plan.programs_of(plan, rows, product.outputs, gated)
+        small = plan.rows <= block and plan.height * plan.rows <= 64 * 128
+        if small and 32 <= programs <= 264 and wide_plan.fits(plan, product.inputs, gated):
+            yield plan
+
+
 def rule(name: str, rows: int, product: Product) -> Any:
+    if name == "wide":
+        small = 1 < rows <= wide_plan.MOST_ROWS and product.weight_rows * product.inputs <= SMALL_WEIGHTS
+        sizes = (rows, product.outputs, product.inputs, product.gate is not None)
+        return wide_plan.plan_for(*sizes, processors(torch.device("cuda"))) if small else None
     if name == "few":
         return few_plan.plan_for(rows, product.outputs, product.inputs, product.gate is not None)
     return skinny_plan.fused_plan_for(rows, product.inputs, product.gate is not None, not product.normed)
 
 
-RUNS: dict[str, Run] = {"few": few, "skinny": skinny}
-TRIED: dict[str, Callable[[int, Product], Iterator[Any]]] = {"few": few_plans, "skinny": skinny_plans}
+RUNS: dict[str, Run] = {"few": few, "skinny": skinny, "wide": wide}
+TRIED: dict[str, Callable[[int, Product], Iterator[Any]]] = {
+    "few": few_plans,
+    "skinny": skinny_plans,
+    "wide": wide_plans,
+}
 Job = tuple[str, int, Product, Any]
 
 
@@ -231,7 +265,7 @@ def table(title: str, row_counts: list[int], tuned: str | None) -> None:
     if tuned is not None:
         jobs += [(tuned, r, p, plan) for r in rows_of for p in model.products for plan in TRIED[tuned](r, p)]
     jobs += [(n, r, p, rule(n, r, p)) for r in rows_of for n in RUNS for p in model.products if rule(n, r, p)]
-    jobs += [("stream", r, p, None) for r in rows_of if r > 1 for p in model.products]
+    jobs += [("stream", r, p, None) for r in rows_of if 1 < r <= stream_plan.MOST_ROWS for p in model.products]
     jobs = sorted(set(jobs), key=str)
     # In several processes where that works; else one after the other.
     found = in_processes(try_plan, jobs) or [try_plan(job) for job in jobs]
@@ -245,7 +279,7 @@ def table(title: str, row_counts: list[int], tuned: str | None) -> None:
     layers = [[weights_of(product) for product in model.products] for _ in range(model.layers)]
     floor = sum(2 * w.numel() for w, _ in layers[0]) / BYTES_PER_S
     print(f"{title}, {len(layers)} layers of {floor * BYTES_PER_S / 1e6:.0f} MB, {floor * 1e6:.2f} µs of memory each")
-    print(f"{'M':>4} " + " ".join(f"{name:>14}" for name in ("separate", "few", "skinny", "stream")) + "  plans of few")
+    print(f"{'M':>4} " + " ".join(f"{name:>14}" for name in NAMES) + "  plans of few")
     for rows in rows_of:
         residual = draw(rows, model.width)
         runs: dict[str, Callable[[], object]] = {
@@ -255,10 +289,10 @@ def table(title: str, row_counts: list[int], tuned: str | None) -> None:
         for name, run in RUNS.items():
             if any(plans[name]):
                 runs[name] = lambda run=run, p=plans[name], r=residual: layers_of(run, model, layers, r, p)
-        if rows > 1:
+        if 1 < rows <= stream_plan.MOST_ROWS:
             runs["stream"] = lambda r=residual: layers_of(stream, model, layers, r, [None] * 4)
         line = f"{rows:>4}"
-        for name in ("separate", "few", "skinny", "stream"):
+        for name in NAMES:
             time = guarded(f"{name} {rows}", runs[name]) / len(layers) if name in runs else float("nan")
             line += f" {time * 1e6:8.2f} {floor / time:4.0%} "
         print(line + "  " + "  ".join(map(short, plans["few"])), flush=True)

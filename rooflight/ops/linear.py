@@ -119,8 +119,8 @@ linear = Op(
     _linear,
     cost=_linear_cost,
     shape=_linear_shape,
-    kernel=lazy("rooflight.ops.kernels.skinny_linear", "linear"),
-    kernel_takes=lazy("rooflight.ops.kernels.skinny_plan", "takes"),
+    kernel=lazy("rooflight.ops.kernels.fused_linear", "linear"),
+    kernel_takes=lazy("rooflight.ops.kernels.fused_linear", "takes_linear"),
     backward=_backward,
     setup=_setup,
 )

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from rooflight.ops.kernels import ceil_div
+from rooflight.ops.kernels import stream_linear as stream_module
 from rooflight.ops.kernels.stream_linear import stream_linear
 from rooflight.ops.kernels.stream_plan import Plan, plan_for, tiles_of
+from rooflight.ops.linear import linear as linear_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 FLOOR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -186,3 +188,15 @@ def test_weights_of_more_elements_than_32_bits_count():
     want = x.double() @ w[-40:].double().t()
     assert (y[:, -40:].double() - want).abs().max() <= 1e-2 * want.abs().max()
     assert not y[:, :-40].any()
+
+
+@pytest.mark.parametrize("rows", [2, 17, 32])
+def test_a_heads_plain_product_runs_here(rows, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        stream_module, "stream_linear", lambda *args, **kw: called.append(kw) or stream_linear(*args, **kw)
+    )
+    x, w = draw(rows, 1024), weight_of(151_936, 1024)
+    found, want, theirs = linear_op(x, w, None), x.double() @ w.double().t(), linear(x, w)
+    assert called == [{"early": False}]
+    assert (found - want).abs().max() <= 2 * (theirs - want).abs().max() + 4e-3 * want.abs().max()

@@ -36,11 +36,13 @@ def stream_linear(
     residual_MN: Tensor | None = None,
     activation: str | None = None,
     plan: Plan | None = None,
+    early: bool = True,
 ) -> Tensor:
     """y = W·h + b of at most 128 rows, h = x·rstd·(offset + norm weight) or x; y = f(gate)·up with an activation.
 
     residual_MN: y is added to it in place, in fp32 and rounded once; it is what is returned. activation: the weight's
-    rows are all gates, then all values. plan: instead of the rule's. Weights must not be written by the launch before.
+    rows are all gates, then all values. plan: instead of the rule's. early: begin before the launch ahead ends, which then
+    must not write the weights.
     """
     check(x_MK, weight_NK, bias_N, norm_weight_K, residual_MN, activation)
     (rows, inputs), gated = x_MK.shape, activation is not None
@@ -73,6 +75,6 @@ def stream_linear(
         STAGES=plan.stages,
         num_warps=room.warps,
         maxnreg=room.registers,
-        launch_pdl=True,
+        launch_pdl=early,
     )
     return out

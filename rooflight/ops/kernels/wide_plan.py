@@ -1,0 +1,135 @@
+"""Which products of up to 128 rows `wide_linear` takes, and how they are cut: outputs, rows and inputs of a program.
+
+Legend: M rows of x  N outputs  K inputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rooflight.errors import InvalidValue
+from rooflight.ops.kernels import ceil_div, power_of_2
+
+MOST_ROWS, LEAST_ROWS = 128, 16
+ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu"})
+DTYPES = frozenset({torch.bfloat16, torch.float16})
+SHARED_BYTES = 227 * 1024
+OTHER_BYTES = 2048  # barriers, squares
+HEIGHT = 64  # rows of the weight in a warpgroup's product
+LEAST_SPLITS = 4  # of the inputs, where outputs are few
+WIDE_STEPS_ROWS = 32  # of a program, up to which its steps are of 128 inputs
+# Registers of a thread: what sums do not take, of the warps that square, of the one that copies.
+OTHER_REGISTERS, SQUARING_REGISTERS, COPYING_REGISTERS = 64, 104, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Launch constants: a program's rows of the weight and of x, programs along the inputs, inputs of a step, stages.
+
+    stages: steps of x that are in shared memory at once; weights are there wholly.
+    """
+
+    height: int
+    rows: int
+    splits: int
+    inputs: int
+    stages: int
+
+
+def rows_block(rows: int) -> int:
+    """Rows of x for which the kernel is compiled: a power of two, of which all smaller counts are a part."""
+    return max(LEAST_ROWS, power_of_2(rows))
+
+
+def steps_of(plan: Plan, inputs: int) -> int:
+    """Steps of a program."""
+    return ceil_div(ceil_div(inputs, plan.inputs), plan.splits)
+
+
+def tiles_of(plan: Plan, outputs: int, gated: bool) -> int:
+    return ceil_div(outputs * (2 if gated else 1), plan.height)
+
+
+def programs_of(plan: Plan, rows: int, outputs: int, gated: bool) -> int:
+    return tiles_of(plan, outputs, gated) * plan.splits * ceil_div(rows, plan.rows)
+
+
+def shared_bytes(plan: Plan, inputs: int, gated: bool) -> int:
+    """Weights, the ring of x, and what the sums' change of hands takes."""
+    steps = steps_of(plan, inputs)
+    exchange = plan.height // (2 if gated else 1) * plan.rows * 4 if plan.splits == 1 else 0
+    ring = min(plan.stages, steps) * plan.rows
+    return 2 * plan.inputs * (steps * plan.height + ring) + exchange + OTHER_BYTES
+
+
+def registers_of(plan: Plan, normed: bool) -> int:
+    """Registers of a thread on entry, of which the warps of products take what the others do not need."""
+    sums = plan.height * plan.rows // 128
+    # Where inputs are split, parts of others' sums are on their way beside a program's own.
+    held = sums + sums // 2 if plan.splits == 1 else 3 * sums
+    wanted = min(240, held + OTHER_REGISTERS) + COPYING_REGISTERS
+    groups = 3 if normed else 2
+    wanted += SQUARING_REGISTERS if normed else 0
+    return ceil_div(ceil_div(wanted, groups), 8) * 8
+
+
+def fits(plan: Plan, inputs: int, gated: bool) -> bool:
+    """Whether a program finds its place in a multiprocessor."""
+    return shared_bytes(plan, inputs, gated) <= SHARED_BYTES
+
+
+def plan_for(rows: int, outputs: int, inputs: int, gated: bool, multiprocessors: int) -> Plan | None:
+    """How a product is cut; outputs are those after the gate. None: better left to others.
+
+    Few outputs: four programs share the inputs, and rows are shared as far as programs run at once. Else a program has
+    all inputs where they find room, and up to 64 rows. Measured by `benchmarks/ops_decode_layer.py --tune wide`.
+    """
+    tiles, block = ceil_div(outputs * (2 if gated else 1), HEIGHT), rows_block(rows)
+    few = LEAST_SPLITS * tiles <= multiprocessors
+    for splits in (LEAST_SPLITS, 2 * LEAST_SPLITS) if few else (1, 2, LEAST_SPLITS):
+        for part in (16, 32, 64, 128) if few else (min(block, 64), 128):
+            if part > block or tiles * splits * ceil_div(rows, part) > multiprocessors:
+                continue
+            for width, stages in ((128, 8), (64, 16), (64, 8), (64, 4), (64, 2)):
+                plan = Plan(HEIGHT, part, splits, width, stages)
+                if (width == 64 or part <= WIDE_STEPS_ROWS) and fits(plan, inputs, gated):
+                    return plan
+    return None
+
+
+def check(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    residual_MN: Tensor | None,
+    activation: str | None,
+) -> None:
+    """Raise InvalidValue, with what is wrong, for arguments of `wide_linear` that its kernel cannot run."""
+    if x_MK.dim() != 2 or not 0 < x_MK.shape[0] <= MOST_ROWS:
+        raise InvalidValue(f"wide_linear takes 1 to {MOST_ROWS} rows of a matrix, not x of {tuple(x_MK.shape)}")
+    rows, inputs = x_MK.shape
+    if weight_NK.dim() != 2 or weight_NK.shape[1] != inputs:
+        raise InvalidValue(f"weight of {tuple(weight_NK.shape)} does not take the {inputs} columns of x")
+    eights = 8 if activation is None else 16
+    if (activation is not None and activation not in ACTIVATIONS) or weight_NK.shape[0] % eights or inputs % 8:
+        raise InvalidValue(
+            f"activation {activation!r} of {weight_NK.shape[0]} outputs of {inputs} inputs: both are in eights, gates "
+            f"and values apart; known: {sorted(ACTIVATIONS)}"
+        )
+    outputs = weight_NK.shape[0] // (1 if activation is None else 2)
+    vectors = {"bias": (bias_N, weight_NK.shape[0]), "norm weight": (norm_weight_K, inputs)}
+    for name, (vector, size) in vectors.items():
+        if vector is not None and (vector.shape != (size,) or not vector.is_contiguous()):
+            raise InvalidValue(f"{name} of {tuple(vector.shape)} is not a vector of {size}")
+    if residual_MN is not None and residual_MN.shape != (rows, outputs):
+        raise InvalidValue(f"residual of {tuple(residual_MN.shape)} is not rows of {(rows, outputs)}")
+    tensors = [x_MK, weight_NK, *(t for t in (bias_N, norm_weight_K, residual_MN) if t is not None)]
+    if x_MK.dtype not in DTYPES or any(tensor.dtype != x_MK.dtype for tensor in tensors):
+        raise InvalidValue(f"wide_linear takes bf16 or fp16 throughout, not {[tensor.dtype for tensor in tensors]}")
+    for name, matrix in (("x", x_MK), ("weight", weight_NK), ("residual", residual_MN)):
+        if matrix is not None and (matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16):
+            raise InvalidValue(f"rows of {name} begin at multiples of 16 bytes, not with strides {matrix.stride()}")
