@@ -136,13 +136,14 @@ def test_other_plans_compile(plan, compiled):
     assert compiled[0].stack == 0
 
 
-def test_long_sequences_of_narrow_heads_compile(compiled):
-    flash_hopper.forward(*qkv(1, 4096, 4, 4, 64, torch.bfloat16), 0.1, True)
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 1000)])
+def test_long_sequences_of_narrow_heads_compile(causal, window, compiled):
+    flash_hopper.forward(*qkv(1, 4096, 4, 4, 64, torch.bfloat16), 0.1, causal, window)
     assert compiled[0].stack == 0 and overwritten(compiled[0].code) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_pages_compile_for_hopper(head_dim, page, dtype, compiled):
     q = torch.empty(3000, 16, head_dim, dtype=dtype, device="meta")
