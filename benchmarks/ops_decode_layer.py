@@ -189,7 +189,7 @@ def wide_plans(rows: int, product: Product) -> Iterator[wide_plan.Plan]:
     """What shared memory allows."""
     gated, block = product.gate is not None, wide_plan.rows_block(rows)
     for plan in itertools.starmap(
-        wide_plan.Plan, itertools.product((64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (64, 128), (2, 4, 8, 16))
+        wide_plan.Plan, itertools.product((64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (64, 128))
     ):
         programs = wide_plan.programs_of(plan, rows, product.outputs, gated)
         small = plan.rows <= block and plan.height * plan.rows <= 64 * 128

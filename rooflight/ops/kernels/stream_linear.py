@@ -41,8 +41,8 @@ def stream_linear(
     """y = W·h + b of at most 128 rows, h = x·rstd·(offset + norm weight) or x; y = f(gate)·up with an activation.
 
     residual_MN: y is added to it in place, in fp32 and rounded once; it is what is returned. activation: the weight's
-    rows are all gates, then all values. plan: instead of the rule's. early: begin before the launch ahead ends, which then
-    must not write the weights.
+    rows are all gates, then all values. plan: instead of the rule's. early: begin before the launch ahead
+    ends, which then must not write the weights.
     """
     check(x_MK, weight_NK, bias_N, norm_weight_K, residual_MN, activation)
     (rows, inputs), gated = x_MK.shape, activation is not None

@@ -1,5 +1,7 @@
 """What `wide_kernel` multiplies: weights and rows of x on their way, the norm's weight, and squares of x.
 
+All of a program's weights and rows lie in shared memory at once: nothing there is written twice but weights, scaled.
+
 Legend: K inputs of a step  R rows of x in a program
 """
 
@@ -36,11 +38,10 @@ def tile_of(weights, step):
 
 @gluon.jit
 def produce(buffers, barriers, weight, x, parts, SPLITS: gl.constexpr):
-    """One warp: ask for all weights, then for the rows of x, as fast as the ring empties."""
+    """One warp: ask for all weights, and when the launch ahead is through for all rows of x."""
     weights, narrow = buffers[0], buffers[1]
-    arrived, ready, freed = barriers[0], barriers[1], barriers[2]
+    arrived, ready = barriers[0], barriers[1]
     STEPS: gl.constexpr = weights.shape[0]
-    STAGES: gl.constexpr = narrow.shape[0]
     R: gl.constexpr = narrow.shape[1]
     BLOCK_K: gl.constexpr = narrow.shape[2]
     weight_bytes: gl.constexpr = weights.shape[1] * weights.shape[2] * 8 * BLOCK_K * 2
@@ -52,12 +53,9 @@ def produce(buffers, barriers, weight, x, parts, SPLITS: gl.constexpr):
         tma.async_copy_global_to_shared(weight, at, arrived.index(step), weights.index(step))
     gdc_wait()
     for step in range(STEPS):
-        stage = step % STAGES
-        if STAGES < STEPS:
-            mbarrier.wait(freed.index(stage), (step // STAGES - 1) & 1, pred=step >= STAGES)
-        mbarrier.expect(ready.index(stage), R * BLOCK_K * 2)
+        mbarrier.expect(ready.index(step), R * BLOCK_K * 2)
         at = [part * R, first + step * BLOCK_K]
-        tma.async_copy_global_to_shared(x, at, ready.index(stage), narrow.index(stage))
+        tma.async_copy_global_to_shared(x, at, ready.index(step), narrow.index(step))
 
 
 @gluon.jit
@@ -83,9 +81,8 @@ def scale_weights(weights, arrived, norm, split, FIRST: gl.constexpr):
 def square(buffers, barriers, norm, parts, SPLITS: gl.constexpr):
     """Four warps: half of the weights' scaling, then the sum of squares of each row of x."""
     weights, narrow, squares = buffers
-    arrived, ready, freed, scaled, squared = barriers
+    arrived, ready, scaled, squared = barriers
     STEPS: gl.constexpr = weights.shape[0]
-    STAGES: gl.constexpr = narrow.shape[0]
     R: gl.constexpr = narrow.shape[1]
     BLOCK_K: gl.constexpr = narrow.shape[2]
     across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
@@ -95,13 +92,9 @@ def square(buffers, barriers, norm, parts, SPLITS: gl.constexpr):
     mbarrier.arrive(scaled)
     squares_R = gl.zeros((R,), gl.float32, gl.SliceLayout(1, across))
     for step in range(STEPS):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        x_RK = narrow.index(stage).load(across).to(gl.float32)
+        mbarrier.wait(ready.index(step), 0)
+        x_RK = narrow.index(step).load(across).to(gl.float32)
         squares_R += gl.sum(x_RK * x_RK, 1)
-        if STAGES < STEPS:
-            _barrier()
-            mbarrier.arrive(freed.index(stage))
     squares.store(squares_R)
     _barrier()
     mbarrier.arrive(squared)

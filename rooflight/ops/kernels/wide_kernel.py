@@ -2,7 +2,7 @@
 
 D[h, m] = Σ_k W[h, k]·x[m, k]: 64 or 128 rows of the weight are the tall side of a warpgroup's product, rows of x its
 narrow one. A program asks for all weights it needs and multiplies a norm's weight into them while the kernel ahead
-still runs; x then comes through a ring. Four other warps sum its squares, by which products are scaled at the end.
+still runs; x then comes, all of it. Four other warps sum its squares, by which products are scaled at the end.
 Where inputs are split among programs, the last of them to be done adds up their sums, always in one order.
 Legend: N outputs  K inputs of a step  H rows of the weight in a program  R rows of x in it  J outputs in it
 """
@@ -38,24 +38,17 @@ SQUARING_REGISTERS, COPYING_REGISTERS = gl.constexpr(_SQUARING), gl.constexpr(_C
 def _multiply(buffers, barriers, NORMED: gl.constexpr):
     """All steps' products, one behind the other."""
     weights, narrow = buffers[0], buffers[1]
-    arrived, ready, freed = barriers[0], barriers[1], barriers[2]
+    arrived, ready = barriers[0], barriers[1]
     STEPS: gl.constexpr = weights.shape[0]
-    STAGES: gl.constexpr = narrow.shape[0]
     R: gl.constexpr = narrow.shape[1]
     H: gl.constexpr = weights.shape[1] * weights.shape[2] * 8
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     acc = warpgroup_mma_init(gl.zeros((H, R), gl.float32, product))
     for step in range(STEPS):
-        stage = step % STAGES
         if not NORMED:
             mbarrier.wait(arrived.index(step), 0)
-        mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        if STAGES < STEPS:
-            # All warps' products of the step before are done, so that its rows of x may be overwritten.
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            _barrier()
-            mbarrier.arrive(freed.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        acc = warpgroup_mma(tile_of(weights, step), narrow.index(stage).permute((1, 0)), acc, is_async=True)
+        mbarrier.wait(ready.index(step), 0)
+        acc = warpgroup_mma(tile_of(weights, step), narrow.index(step).permute((1, 0)), acc, is_async=True)
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
@@ -77,7 +70,7 @@ def _consume(
 ):
     """Four warps: products, and what becomes of them."""
     weights, narrow, squares = buffers
-    arrived, scaled, squared = barriers[0], barriers[3], barriers[4]
+    arrived, scaled, squared = barriers[0], barriers[2], barriers[3]
     part_ptr, squares_ptr, counter_ptr = workspace
     norm_ptr, eps, _, inputs = norm
     out_ptr, bias_ptr, rows, eighths, stride_eighths, parts = results
@@ -189,31 +182,27 @@ def wide_linear_kernel(
     ADDS: gl.constexpr,
     SPLITS: gl.constexpr,
     STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     # What follows may start: it waits for this launch's end before it reads or writes what this one touches.
     gdc_launch_dependents()
     R: gl.constexpr = x.block_shape[0]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     weights = gl.allocate_shared_memory(weight.dtype, [STEPS] + weight.block_shape, weight.layout)
-    narrow = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
+    narrow = gl.allocate_shared_memory(x.dtype, [STEPS] + x.block_shape, x.layout)
     squares = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     arrived = gl.allocate_shared_memory(gl.int64, [STEPS, 1], BARRIER)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ready = gl.allocate_shared_memory(gl.int64, [STEPS, 1], BARRIER)
     scaled = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     squared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for step in gl.static_range(STEPS):
         mbarrier.init(arrived.index(step), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(freed.index(stage), count=1 if norm_ptr is None else 2)
+        mbarrier.init(ready.index(step), count=1)
     mbarrier.init(scaled, count=1)
     mbarrier.init(squared, count=1)
     fence_async_shared()
     _barrier()
     buffers = (weights, narrow, squares)
-    barriers = (arrived, ready, freed, scaled, squared)
+    barriers = (arrived, ready, scaled, squared)
     workspace = (part_ptr, squares_ptr, counter_ptr)
     norm = (norm_ptr, eps, offset, inputs)
     results = (out_ptr, bias_ptr, rows, eighths, stride_eighths, parts)

@@ -111,7 +111,6 @@ def _launch(
         ADDS=adds,
         SPLITS=splits,
         STEPS=steps,
-        STAGES=min(plan.stages, steps),
         num_warps=4,
         maxnreg=registers_of(plan, norm_weight_K is not None),
         launch_pdl=True,

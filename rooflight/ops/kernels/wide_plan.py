@@ -27,16 +27,12 @@ OTHER_REGISTERS, SQUARING_REGISTERS, COPYING_REGISTERS = 64, 104, 24
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Launch constants: a program's rows of the weight and of x, programs along the inputs, inputs of a step, stages.
-
-    stages: steps of x that are in shared memory at once; weights are there wholly.
-    """
+    """Launch constants: a program's rows of the weight and of x, programs along the inputs, inputs of a step."""
 
     height: int
     rows: int
     splits: int
     inputs: int
-    stages: int
 
 
 def rows_block(rows: int) -> int:
@@ -58,11 +54,10 @@ def programs_of(plan: Plan, rows: int, outputs: int, gated: bool) -> int:
 
 
 def shared_bytes(plan: Plan, inputs: int, gated: bool) -> int:
-    """Weights, the ring of x, and what the sums' change of hands takes."""
+    """Weights, rows of x, and what the sums' change of hands takes."""
     steps = steps_of(plan, inputs)
     exchange = plan.height // (2 if gated else 1) * plan.rows * 4 if plan.splits == 1 else 0
-    ring = min(plan.stages, steps) * plan.rows
-    return 2 * plan.inputs * (steps * plan.height + ring) + exchange + OTHER_BYTES
+    return 2 * plan.inputs * steps * (plan.height + plan.rows) + exchange + OTHER_BYTES
 
 
 def registers_of(plan: Plan, normed: bool) -> int:
@@ -93,8 +88,8 @@ def plan_for(rows: int, outputs: int, inputs: int, gated: bool, multiprocessors:
         for part in (16, 32, 64, 128) if few else (min(block, 64), 128):
             if part > block or tiles * splits * ceil_div(rows, part) > multiprocessors:
                 continue
-            for width, stages in ((128, 8), (64, 16), (64, 8), (64, 4), (64, 2)):
-                plan = Plan(HEIGHT, part, splits, width, stages)
+            for width in (128, 64):
+                plan = Plan(HEIGHT, part, splits, width)
                 if (width == 64 or part <= WIDE_STEPS_ROWS) and fits(plan, inputs, gated):
                     return plan
     return None

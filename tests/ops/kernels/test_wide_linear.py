@@ -29,8 +29,12 @@ SHAPES = [(4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3
 @pytest.mark.parametrize(("outputs", "inputs", "gated"), SHAPES)
 def test_programs_cover_all_and_run_at_once(outputs, inputs, gated, rows):
     plan = plan_for(rows, outputs, inputs, gated, 132)
+    if outputs == 3072 and rows > 32:
+        # All weights and rows of a program would not find room.
+        assert plan is None
+        return
     assert plan is not None and fits(plan, inputs, gated)
-    assert plan.height % HEIGHT == 0 and plan.rows % plan.splits == 0
+    assert plan.height % HEIGHT == 0
     assert steps_of(plan, inputs) * plan.splits * plan.inputs >= inputs
     assert plan.rows * ceil_div(rows, plan.rows) >= rows
     assert programs_of(plan, rows, outputs, gated) <= 132
@@ -66,4 +70,4 @@ def test_refusals():
         add_linear(out[:, :64], x, w, None)
     large = torch.zeros(128, 4096, dtype=torch.bfloat16)
     with pytest.raises(InvalidValue, match="does not fit"):
-        add_linear(out, torch.zeros(20, 4096, dtype=torch.bfloat16), large, None, Plan(64, 64, 1, 64, 4))
+        add_linear(out, torch.zeros(20, 4096, dtype=torch.bfloat16), large, None, Plan(64, 64, 1, 64))
