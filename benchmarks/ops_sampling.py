@@ -4,8 +4,8 @@
 
 Calls run in a CUDA graph; logits take turns through more than the L2 cache holds. Logits are normal, of a standard
 deviation of 3 ("peaked", as a model's are about) or 0.5 ("flat", as a model's of random weights: a ranked draw can then
-reach most of the vocabulary, which is not gathered but searched as a whole). The share is of the bandwidth of the same
-run, had the logits been read once. `--tune` tries other launch constants.
+reach most of the vocabulary); whole numbers and equal logits are the ranked draw's worst cases. The share is of the
+bandwidth of the same run, had the logits been read once. `--tune` tries other launch constants.
 """
 
 from __future__ import annotations
@@ -101,16 +101,15 @@ def table() -> None:
             del batches
             torch.cuda.empty_cache()
         for rows in (1, 32, 256):
-            batches = logits_of(rows, dtype, FLAT)
-            line(
-                f"sample {rows} {name}, top_p 0.9, flat",
-                sample,
-                ranked_args(batches, SETTINGS["top_p 0.9"]),
-                roof,
-                dtype == torch.bfloat16,
-            )
-            del batches
-            torch.cuda.empty_cache()
+            for kind, batches in (
+                ("flat", logits_of(rows, dtype, FLAT)),
+                ("whole numbers", [x.round_() for x in logits_of(rows, dtype, PEAKED)]),
+                ("all equal", [x.zero_() for x in logits_of(rows, dtype, PEAKED)]),
+            ):
+                sets = ranked_args(batches, SETTINGS["top_p 0.9"])
+                line(f"sample {rows} {name}, top_p 0.9, {kind}", sample, sets, roof, dtype == torch.bfloat16)
+                del batches, sets
+                torch.cuda.empty_cache()
 
 
 def _searches() -> Iterator[tuple[int, tuple[int, int]]]:
@@ -145,10 +144,11 @@ def tune() -> None:
         # Without the promise, which our kernel does not need.
         sets = [args[:6] for args in ranked_args(batches, SETTINGS["top_p 0.9"])]
         tried = []
-        for tiles in (max(sampling_ranked.LEAST_TILES, default), 1, 2, 4, 8):
-            ranked = functools.partial(sampling_ranked.sample, tiles=tiles)
-            tried.append((seconds(ranked, sets, 0.03), f"{tiles} tiles"))
-        _report(f"sample {rows}, chunks", tried)
+        usual_part = sampling_ranked.PART_TILE, sampling_ranked.PART_WARPS, sampling_ranked.PARTS
+        for part in (usual_part, (1024, 4, 8), (1024, 8, 4), (2048, 8, 2), (2048, 8, 6), (4096, 16, 2)):
+            ranked = functools.partial(sampling_ranked.sample, part=part)
+            tried.append((seconds(ranked, sets, 0.03), f"{part[0]} tokens, {part[1]} warps, {part[2]} programs"))
+        _report(f"sample {rows}, parts", tried)
         usual = sampling_ranked.FEW_ROWS if rows <= multiprocessors else sampling_ranked.MANY_ROWS
         tried = []
         for ways, search in ((usual_ways, usual), *_searches()):

@@ -10,15 +10,13 @@ Legend: B sequences  V vocabulary  K likeliest tokens, sorted  C chunks of a voc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rooflight.ops.cost import Access, Cost, Count, Movement, Primitive, elementwise_cost
 from rooflight.ops.op import KERNEL_DTYPES, Op, lazy
+from rooflight.ops.sampling_cost import greedy_cost, sample_cost, sample_plain_cost
 
 _KERNELS, _RANKED_KERNELS = "rooflight.ops.kernels.sampling", "rooflight.ops.kernels.sampling_ranked"
 # Tokens and rows up to which the kernels' chunks are few enough to be summed up, and their counters suffice.
@@ -32,16 +30,6 @@ _FIRST_TRY = 1024
 # Logits worked on at once, 256 rows of 262,144: what is made of them in between is several times their size. Fewer
 # would cost launches.
 _AT_ONCE = 2**26
-# Passes of a radix sort over 32-bit keys, 8 bits a pass; each reads and writes key and index.
-_SORT_PASSES, _SORT_ENTRY_BYTES = 4, 12
-# A radix selection of the K-th reads every key once a digit, and once more to collect.
-_SELECT_PASSES = 5
-# Bytes an element that the reference's passes over weights move: subtract, divide, exp and scale read and write fp32,
-# the whole number is made of it, and summed up in place.
-_WEIGHT_BYTES = 4 * 8 + (4 + 8) + (8 + 8)
-# Bytes an element held at once. Weights: ratios in fp32 and the whole numbers made of them. A sort: as measured on an
-# H200 at 256 × 151,936 in fp32; keys and 64-bit tokens, twice, and its scratch.
-_WEIGHT_BYTES_HELD, _SORT_BYTES_HELD = 4 + 8, 32
 
 
 def _greedy(logits_BV: Tensor) -> Tensor:
@@ -53,34 +41,15 @@ def _greedy_shape(logits_BV: Tensor) -> Tensor:
     return logits_BV.new_empty((logits_BV.shape[0],), dtype=torch.int64)
 
 
-def _greedy_cost(out_B: Tensor, logits_BV: Tensor) -> Cost:
-    return elementwise_cost(
-        logits_BV.numel(),
-        (logits_BV,),
-        (out_B,),
-        size=(logits_BV.shape[0], logits_BV.shape[1]),
-        primitive=Primitive.REDUCTION,
-        movement=(Movement.REDUCTION,),
-    )
-
-
 def _takes(logits_BV: Tensor, *_: object) -> bool:
     """Whether the kernels draw from such logits; what else a draw needs comes in any type."""
     rows, columns = logits_BV.shape
-    return logits_BV.dtype in KERNEL_DTYPES and 0 < rows <= _MOST_ROWS and 0 < columns <= _WIDEST
-
-
-def _takes_ranked(logits_BV: Tensor, *others: Any) -> bool:
-    """Whether the kernel draws among the likeliest: with top_k in every row.
-
-    Without it a draw under top_p may reach most of the vocabulary, which the kernel searches a row a program: on an
-    H200 2.2 ms for one row, where torch's sort takes 0.1 (benchmarks/ops_sampling.py).
-    """
-    return _takes(logits_BV) and others[-1] > 0
+    # Triton 3.6 cannot compile the choice from a single token.
+    return logits_BV.dtype in KERNEL_DTYPES and 0 < rows <= _MOST_ROWS and 1 < columns <= _WIDEST
 
 
 greedy = Op(
-    "greedy", _greedy, cost=_greedy_cost, shape=_greedy_shape, kernel=lazy(_KERNELS, "greedy"), kernel_takes=_takes
+    "greedy", _greedy, cost=greedy_cost, shape=_greedy_shape, kernel=lazy(_KERNELS, "greedy"), kernel_takes=_takes
 )
 
 
@@ -166,30 +135,10 @@ def _sample_plain_shape(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Ten
     return logits_BV.new_empty((logits_BV.shape[0],), dtype=torch.int64)
 
 
-def _sample_plain_cost(out_B: Tensor, logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> Cost:
-    rows, columns = logits_BV.shape
-    # An element: maximum, subtract, divide, exp, scale, cumulative add, compare with the draw. A row: temperature
-    # against 0, the draw's product.
-    cost = elementwise_cost(
-        7 * rows * columns + 2 * rows,
-        (logits_BV, temperature_B, uniform_B),
-        (out_B,),
-        size=(rows, columns),
-        primitive=Primitive.REDUCTION,
-        movement=(Movement.REDUCTION, Movement.GATHER),
-    )
-    workspace = _WEIGHT_BYTES_HELD * _rows_at_once(rows, columns) * columns
-    return replace(cost, traffic=cost.total_bytes + _WEIGHT_BYTES * rows * columns, workspace=workspace)
-
-
-def _rows_at_once(rows: Count, columns: Count) -> Count:
-    return torch.sym_min(rows, torch.sym_max(1, _AT_ONCE // columns))
-
-
 sample_plain = Op(
     "sample_plain",
     _sample_plain,
-    cost=_sample_plain_cost,
+    cost=sample_plain_cost,
     shape=_sample_plain_shape,
     kernel=lazy(_KERNELS, "sample_plain"),
     kernel_takes=_takes,
@@ -310,45 +259,11 @@ def _sample_shape(
     return logits_BV.new_empty((logits_BV.shape[0],), dtype=torch.int64)
 
 
-def _sample_cost(
-    out_B: Tensor,
-    logits_BV: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    uniform_B: Tensor,
-    most: int = 0,
-) -> Cost:
-    rows, columns = logits_BV.shape
-    ranked: Count = min(most, columns) if most else columns
-    reads = (logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
-    # A ranked element: subtract, divide, exp, compare with min_p, scale, cumulative add, compare with top_p, compare
-    # with the draw. A row: temperature against 0, two products. Sorting, selecting and ranks are integer work, and
-    # count only as traffic.
-    cost = elementwise_cost(
-        8 * rows * ranked + 3 * rows,
-        reads,
-        (out_B,),
-        size=(rows, columns),
-        primitive=Primitive.REDUCTION,
-        access=Access.RANDOM,
-        movement=(Movement.REDUCTION, Movement.GATHER),
-    )
-    sort_bytes = 2 * _SORT_PASSES * _SORT_ENTRY_BYTES * rows * ranked
-    select_bytes = _SELECT_PASSES * logits_BV.element_size() * rows * columns if most else 0
-    again = sort_bytes + select_bytes + _WEIGHT_BYTES * rows * ranked
-    workspace = _SORT_BYTES_HELD * _rows_at_once(rows, columns) * ranked
-    cost = replace(cost, traffic=cost.total_bytes + again, workspace=workspace)
-    # Selecting the likeliest few is another thing to calibrate than sorting them all.
-    return cost.named("sample.selected") if most else cost
-
-
 sample = Op(
     "sample",
     _sample,
-    cost=_sample_cost,
+    cost=sample_cost,
     shape=_sample_shape,
     kernel=lazy(_RANKED_KERNELS, "sample"),
-    kernel_takes=_takes_ranked,
+    kernel_takes=_takes,
 )

@@ -21,6 +21,7 @@ from rooflight.models.transformer import Transformer
 from rooflight.ops.batch import Batch
 from rooflight.ops.cpu_matmul import packs
 from rooflight.ops.sampling import sample, sample_plain
+from rooflight.serve.sampling_logprobs import Logprobs
 from rooflight.serve.step_program import Choose, StepSizes, check_dtypes, step_program
 from rooflight.workload import memory, walk
 from rooflight.workload.program import DTYPES, KV_DTYPES
@@ -202,12 +203,13 @@ def step_bytes(demand: Demand, tokens: int, rows: int, choose: Choose) -> int:
 
 
 def _draw(logits_RV: Tensor, recorder: Recorder) -> Any:
-    """The way of choosing tokens that holds most: from edited logits, at random, the vocabulary sorted."""
+    """The way of choosing tokens that holds most: at random from edited logits, all with their log-probabilities."""
     edited_RV = logits_RV.to(torch.float32, copy=True)
     rows = logits_RV.shape[0]
     temperature_R, top_p_R, min_p_R, uniform_R = (torch.empty((rows,), dtype=torch.float32) for _ in range(4))
     top_k_R = torch.empty((rows,), dtype=torch.int64)
-    return sample(edited_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R)
+    tokens_R = sample(edited_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R)
+    return Logprobs(logits_RV, tokens_R, [1] * rows).tensors
 
 
 def _graph_bytes(demand: Demand) -> int:

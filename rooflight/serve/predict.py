@@ -27,7 +27,7 @@ from rooflight.workload.record import FORWARD, Recorder
 from rooflight.workload.roofline import Priced, between_seconds, launch_times, price
 
 # The ways in which the sampler draws rows: the likeliest token; from all of the vocabulary; from the few likeliest;
-# from a sorted vocabulary. Each is a phase of the walk.
+# from what top-p or min-p leave of it, which a CPU sorts. Each is a phase of the walk.
 GREEDY, PLAIN, FEW, SORTED = "greedy", "plain", "few", "sorted"
 # As the sampler: up to this top_k the likeliest tokens are selected and not sorted.
 _MOST_SELECTED = 1024

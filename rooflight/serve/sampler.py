@@ -25,7 +25,7 @@ from rooflight.serve.step import Part
 
 # How a row is drawn. It depends on the row alone, so that company never changes a token.
 _GREEDY, _PLAIN, _FEW, _SORTED = range(4)
-# Up to this top_k the likeliest are selected and not sorted out of the whole vocabulary.
+# Up to this top_k the likeliest are selected, on a CPU; beyond it and without one that sorts the whole vocabulary.
 _MOST_SELECTED = 1024
 
 

@@ -27,8 +27,6 @@ def kernels_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for op in REFERENCES:
         monkeypatch.setattr(op, "reference", refuse)
-    # Rows without top_k are left to a sort, which the kernel must equal nevertheless.
-    monkeypatch.setattr(sample, "kernel_takes", greedy.kernel_takes)
     yield
     assert all(not counters.any() for counters in kernels._counters.values())
 
@@ -114,11 +112,39 @@ def test_the_settings_that_people_use():
             (1.0, 50, 1.0, 0.0),
             (0.6, 20, 0.95, 0.0),
             (1.5, 0, 1.0, 0.05),
+            (1.0, 0, 0.95, 0.0),
+            (0.7, 0, 0.9, 0.02),
         ):
             each = [torch.full((128,), x, device="cuda") for x in (heat, top_k, top_p, min_p)]
             check(sample, logits_BV, *each, uniform_B)
             if top_k:
                 check(sample, logits_BV, *each, uniform_B, top_k)
+
+
+def settings(rows: int, *each: tuple[float, int, float, float]) -> list[Tensor]:
+    """temperature, top_k, top_p, min_p: rows in turn of each setting."""
+    columns = zip(*(each[row % len(each)] for row in range(rows)), strict=True)
+    return [torch.tensor(column, device="cuda") for column in columns]
+
+
+MIXED = ((1.0, 0, 0.95, 0.0), (0.8, 0, 1.0, 0.05), (1.0, 50, 0.9, 0.0), (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize("each", [MIXED[:1], MIXED[1:2], MIXED], ids=["top_p", "min_p", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_that_are_neither_sorted_nor_selected(each: Any, dtype: torch.dtype):
+    for rows in (1, 8, 33):
+        for seed, spread in enumerate((0.5, 2.0, 5.0)):
+            logits_BV, *_, uniform_B = drawn(rows, V, dtype, spread, seed)
+            check(sample, logits_BV, *settings(rows, *each), uniform_B)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
+def test_crowds_of_equal_logits(spread: float):
+    """Bands of more tokens than are gathered, and of nearly as many."""
+    logits_BV, *_, uniform_B = drawn(30, V, torch.float32, spread, whole=True)
+    for crowded_BV in (logits_BV, logits_BV.bfloat16(), torch.randn_like(logits_BV).mul_(spread).bfloat16()):
+        check(sample, crowded_BV, *settings(30, *MIXED), uniform_B)
 
 
 def test_rows_that_lie_apart_or_are_one():
@@ -150,6 +176,23 @@ def test_repeats_are_the_same_tokens():
     for _ in range(30):
         again = greedy(args[0]), sample_plain(args[0], args[1], args[5]), sample(*args)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("each", [MIXED[:1], MIXED[1:2], MIXED], ids=["top_p", "min_p", "mixed"])
+def test_a_graph_of_one_setting_draws_from_other_logits(each: Any):
+    logits_BV, *_, uniform_B = drawn(8, V, torch.bfloat16, 3.0)
+    args = [logits_BV, *settings(8, *each), uniform_B]
+    check(sample, *args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found_B = sample(*args)
+    for seed in range(1, 6):
+        new_BV, *_, new_B = drawn(8, V, torch.bfloat16, 0.7 * seed, seed)
+        logits_BV.copy_(new_BV)
+        uniform_B.copy_(new_B)
+        graph.replay()
+        assert torch.equal(found_B, REFERENCES[sample](*args))
 
 
 @pytest.mark.parametrize("rows", [1, 32])

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from rooflight.ops.kernels import ceil_div, counters_of, power_of_2, processors
 
@@ -88,6 +89,7 @@ def _peak_kernel(
     out_ptr,
     peak_ptr,
     counter_ptr,
+    zeros_ptr,
     x_ptr,
     row_stride,
     vocabulary,
@@ -96,10 +98,19 @@ def _peak_kernel(
     CHUNK_BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SHARE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1)
     x_ptr += row.to(tl.int64) * row_stride
     peak_ptr += row * chunks
+    if ZEROS > 0:
+        # A launch that adds to a row's words finds zeros, each chunk's program having written its share.
+        at_Z = chunk * SHARE + tl.arange(0, SHARE)
+        tl.store(zeros_ptr + row.to(tl.int64) * ZEROS + at_Z, 0, at_Z < ZEROS)
     peak_T = tl.full((TILE,), float("-inf"), tl.float32)
     for tile in tl.static_range(TILES):
         at_T = (chunk * TILES + tile) * TILE + tl.arange(0, TILE)
@@ -196,15 +207,26 @@ def by_rows(x_BV: Tensor) -> Tensor:
     return x_BV if x_BV.stride(1) == 1 or x_BV.shape[1] == 1 else x_BV.contiguous()
 
 
-def peaks(logits_BV: Tensor, tiles: int, out_B: Tensor | None = None) -> Tensor:
-    """Greatest logit [B, C] of each chunk of so many tiles; with out_B also its first token's number."""
+def peaks(
+    logits_BV: Tensor,
+    tiles: int,
+    out_B: Tensor | None = None,
+    zeros_BZ: Tensor | None = None,
+    early: bool = False,
+) -> Tensor:
+    """Greatest logit [B, C] of each chunk of so many tiles; with out_B also its first token's number.
+
+    zeros_BZ: words that are made zeros. early: the launch that follows waits for this one by itself.
+    """
     rows, vocabulary = logits_BV.shape
     chunks = ceil_div(vocabulary, tiles * TILE)
     peak_BC = torch.empty((rows, chunks), dtype=torch.float32, device=logits_BV.device)
+    zeros = 0 if zeros_BZ is None else zeros_BZ.shape[1]
     _peak_kernel[(chunks, rows)](
         out_B,
         peak_BC,
         None if out_B is None else counters_of(logits_BV.device, "draw", COUNTERS),
+        zeros_BZ,
         logits_BV,
         logits_BV.stride(0),
         vocabulary,
@@ -213,6 +235,9 @@ def peaks(logits_BV: Tensor, tiles: int, out_B: Tensor | None = None) -> Tensor:
         CHUNK_BLOCK=power_of_2(chunks),
         TILES=tiles,
         TILE=TILE,
+        ZEROS=zeros,
+        SHARE=power_of_2(max(1, ceil_div(zeros, chunks))),
+        EARLY=early,
         num_warps=WARPS,
     )
     return peak_BC

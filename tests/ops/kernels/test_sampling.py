@@ -103,11 +103,27 @@ def test_ranked_draws(interpret: Any, seed: int):
     assert torch.equal(interpret("sampling_ranked.sample", *args), exact_ranked(*args))
 
 
-@pytest.mark.parametrize("options", [(1, 100), (2, 1), (1, 16384)])
+@pytest.mark.parametrize("options", [((256, 4, 4), 100), ((512, 4, 2), 1), ((256, 4, 1), 16384)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_ranked_draws_from_what_was_gathered_and_from_whole_rows(interpret: Any, whole: bool, options: tuple[int, int]):
+def test_ranked_draws_from_what_was_gathered_and_from_whole_rows(
+    interpret: Any, whole: bool, options: tuple[tuple[int, int, int], int]
+):
     args = rows(11, whole=whole)
     found_B = interpret("sampling_ranked.sample", *args, 0, *options, (256, 4))
+    assert torch.equal(found_B, exact_ranked(*args))
+
+
+@pytest.mark.parametrize("gathered", [1, 1024, 32768])
+def test_crowds_of_equal_logits(interpret: Any, gathered: int):
+    """A wide row in few values: which of thousands of equal tokens is meant, gathered or in the row itself."""
+    g = torch.Generator().manual_seed(13)
+    logits_BV = (torch.randn(8, 9_001, generator=g) * 0.6).round()
+    logits_BV[0], logits_BV[1] = 0.0, torch.where(logits_BV[1] == 0, -0.0, logits_BV[1])
+    one_B = torch.ones(8)
+    uniform_B = torch.tensor([0.9999, 0.9, 0.5, 0.1, 1 - 2**-53, 0.0, 0.7, 0.3], dtype=torch.float64)
+    top_k_B, top_p_B = torch.tensor([0, 0, 0, 5_000, 0, 0, 700, 0]), torch.tensor([1.0, 0.95, 0.5, 1.0] * 2).double()
+    args = [logits_BV, one_B, top_k_B, top_p_B, torch.tensor([0.0, 0.0, 0.3, 0.0] * 2), uniform_B]
+    found_B = interpret("sampling_ranked.sample", *args, 0, (2048, 8, 4), gathered, (1024, 8))
     assert torch.equal(found_B, exact_ranked(*args))
 
 
@@ -221,5 +237,17 @@ def test_what_the_kernels_take():
         assert not takes(op, torch.empty(2, 100, dtype=torch.float64, device="meta"))
         assert not takes(op, torch.empty(0, 100, device="meta"))
         assert not takes(op, torch.empty(1, 2**21, device="meta"))
-    # A row without top_k is sorted.
-    assert not sample.kernel_takes(torch.empty(2, 100, device="meta"), *[None] * 5, 0)  # type: ignore[misc]
+    # Nor is a row without top_k sorted.
+    assert sample.kernel_takes is not None and sample.kernel_takes(torch.empty(2, 100, device="meta"), *[None] * 5, 0)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bands_of_a_wide_row(interpret: Any, dtype: torch.dtype, spread: float):
+    """The draw and the cut lie apart, and neither begins with the likeliest: what is above them is summed up."""
+    g = torch.Generator().manual_seed(7)
+    logits_BV = (torch.randn(6, 40_000, generator=g) * spread).to(dtype)
+    one_B, top_p_B = torch.ones(6), torch.tensor([0.95, 0.9, 0.5, 1.0, 0.999, 0.95]).double()
+    uniform_B = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.7, 0.9999]).double()
+    args = [logits_BV, one_B, 0 * one_B.long(), top_p_B, torch.tensor([0.0, 0.0, 0.0, 0.1, 0.01, 0.0]), uniform_B]
+    assert torch.equal(interpret("sampling_ranked.sample", *args), exact_ranked(*args))
