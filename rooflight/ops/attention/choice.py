@@ -18,7 +18,8 @@ from rooflight.ops.attention import cuda, cuda_packed
 from rooflight.ops.op import lazy, same_kernel_dtype
 
 MOST_CHANNELS = 256  # of a head, for the Triton kernels
-HOPPER_CHANNELS = 128  # of a head, at which the Hopper kernel is ahead
+HOPPER_CHANNELS = 128  # of a head, at which the Hopper kernel is ahead; and at half of them from so many keys on
+HOPPER_NARROW_KEYS = 4096
 LONG_DOCUMENT = 512  # tokens on average, from which the Triton kernels are ahead over packed documents
 
 
@@ -53,8 +54,13 @@ def hopper_takes(
     sinks_H: Tensor | None = None,
 ) -> bool:
     """Whether `kernels.flash_hopper` computes this call, and sooner than cuDNN; a window's time was not measured."""
-    wide = q_BQHE.shape[-1] == HOPPER_CHANNELS and not cuda.is_windowed(k_BSKE, causal, window)
-    return wide and _hopper_takes(q_BQHE, k_BSKE, v_BSKU, scale, causal, window, softcap, sinks_H)
+    channels, keys = q_BQHE.shape[-1], k_BSKE.shape[1]
+    ahead = channels == HOPPER_CHANNELS or (2 * channels == HOPPER_CHANNELS and keys >= HOPPER_NARROW_KEYS)
+    return (
+        ahead
+        and not cuda.is_windowed(k_BSKE, causal, window)
+        and _hopper_takes(q_BQHE, k_BSKE, v_BSKU, scale, causal, window, softcap, sinks_H)
+    )
 
 
 def hopper_forward(
@@ -118,14 +124,15 @@ _FORWARD, _BACKWARD = "rooflight.ops.kernels.flash_forward", "rooflight.ops.kern
 DENSE = (
     Kernel(
         "Hopper",
-        "causal, H200: 572 TFLOP/s at 4×32×4096×128 beside cuDNN's 546, 625 beside 573 at 1×32×16384×128",
+        "causal, H200: 585 TFLOP/s at 4×32×4096×128 beside cuDNN's 501, 634 beside 543 at 1×32×16384×128, 411 beside "
+        "392 at 8×16×4096×64",
         hopper_takes,
         hopper_forward,
         None,
     ),
     Kernel(
         "cuDNN",
-        "causal, H200: 405 TFLOP/s at 8×16×4096×64, Hopper 399; 465 backward at head dim 128, FlashAttention-2 265",
+        "causal, H200: 318 TFLOP/s at 16×32×1024×64, Hopper 316; 465 backward at head dim 128, FlashAttention-2 265",
         cuda.takes_cudnn,
         cuda.cudnn_forward,
         cuda.cudnn_backward,

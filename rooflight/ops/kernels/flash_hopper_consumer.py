@@ -30,12 +30,28 @@ SWIZZLED = gl.constexpr(64)  # channels of a row in 128 bytes, which the tensor 
 
 
 @gluon.jit
-def _soften(s, m, total, scale_log2):
-    """Online softmax: weights of these scores, the maximum and the sum so far, and by how much earlier sums shrink."""
+def _soften(s, m, scale_log2):
+    """Online softmax: weights of these scores, the maximum so far, and by how much earlier sums shrink."""
     highest = gl.maximum(m, gl.max(s, 1))
     shrink = gl.exp2((m - highest) * scale_log2)
     p = gl.exp2(s * scale_log2 - gl.expand_dims(highest * scale_log2, 1))
-    return p, highest, total * shrink + gl.sum(p, 1), shrink
+    return p, highest, shrink
+
+
+@gluon.jit
+def _sums(p):
+    """Sums of a row's weights, one for each of the four threads that hold it: a tile needs no exchange between them.
+
+    A thread holds two neighbours of every eight columns.
+    """
+    return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _shrunk(sums, shrink):
+    """Sums of earlier tiles, relative to the maximum so far."""
+    ROW: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    return sums * gl.expand_dims(gl.convert_layout(shrink, ROW, assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -61,17 +77,31 @@ def _unpack(words, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _where_not_above(low, high, s):
+    """Scores where low ≤ high, −∞ elsewhere.
+
+    Compared and chosen at once, for the predicates of a whole tile are more than a thread has.
+    """
+    low, s = gl.broadcast(low, s)
+    high, s = gl.broadcast(high, s)
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}",
+        "=r,r,r,r",
+        [s, low, high],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _hide(s, row, col, keys, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr):
     """Scores, −∞ where a query must not look."""
-    row = gl.expand_dims(row, 1)
+    final = gl.expand_dims(row if CAUSAL else gl.full_like(row, keys - 1), 1)
     col = gl.expand_dims(col, 0)
-    if CAUSAL:
-        seen = col <= row
-        if WINDOWED:
-            seen = seen & (col > row - window)
-    else:
-        seen = (col < keys) & (row >= 0)
-    return gl.where(seen, s, float("-inf"))
+    if WINDOWED:
+        s = _where_not_above(final - window + 1, col, s)
+    return _where_not_above(col, final, s)
 
 
 @gluon.jit
@@ -136,8 +166,8 @@ def attend(q, rings, barriers, turns, count, played, seen, window, scale_log2, W
             _clear(v_smem, stage, keys, PAGE, BLOCK_N, HEAD_DIM)
     s = _hide(s, row, last * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
     m = gl.full([ROWS], NO_MAXIMUM, gl.float32, ROW)
-    total = gl.zeros([ROWS], gl.float32, ROW)
-    p32, m, total, shrink = _soften(s, m, total, scale_log2)
+    p32, m, shrink = _soften(s, m, scale_log2)
+    sums = _sums(p32)
     p = _pack(p32, dtype)
     o = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_MMA)
 
@@ -182,7 +212,8 @@ def attend(q, rings, barriers, turns, count, played, seen, window, scale_log2, W
                 mbarrier.arrive(k_empty.index(next_stage))
                 if cut != 1:
                     s = _hide(s, row, (above - step) * BLOCK_N + column, keys, window, CAUSAL, WINDOWED)
-                p32, m, total, shrink = _soften(s, m, total, scale_log2)
+                p32, m, shrink = _soften(s, m, scale_log2)
+                sums = _shrunk(sums, shrink) + _sums(p32)
                 o = warpgroup_mma_wait(0, deps=(o,))
                 mbarrier.arrive(v_empty.index(stage))
                 o = o * gl.expand_dims(gl.convert_layout(shrink, O_ROW, assert_trivial=True), 1)
@@ -194,6 +225,7 @@ def attend(q, rings, barriers, turns, count, played, seen, window, scale_log2, W
     mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
     v = v_smem.index(stage)._reinterpret(dtype, [BLOCK_N, HEAD_DIM], TILE)
     o = warpgroup_mma(_unpack(p, dtype, P_MMA), v, o, is_async=True)
+    total = gl.convert_layout(gl.sum(sums, 1), ROW)
     lse = (m * scale_log2 + gl.log2(total)) * LN2
     # A query that sees no key has no total.
     inverse = gl.convert_layout(1.0 / gl.where(total > 0.0, total, 1.0), O_ROW, assert_trivial=True)

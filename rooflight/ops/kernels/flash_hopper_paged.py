@@ -60,6 +60,8 @@ def _consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
     turn = 0
     head, _, row, rows, keys = read(board, turn, 4)
     while head >= 0:
+        # One register through the loops over keys, instead of two.
+        line = row * heads + head
         first = keys - rows + WHICH * ROWS
         position = first + gl.arange(0, ROWS, layout=ROW)
         seen = (first, position, 0, last_tile(rows, keys, BLOCK_M, BLOCK_N), keys)
@@ -70,7 +72,7 @@ def _consume(shared, WHICH: gl.constexpr, plan: gl.constexpr):
         )
         # Through shared memory to whole lines; the rows behind a sequence's last are another's.
         mine.store(out)
-        tile_ptr = out_ptr + (row.to(gl.int64) * heads + head) * HEAD_DIM
+        tile_ptr = out_ptr + line.to(gl.int64) * HEAD_DIM
         at = gl.expand_dims(query * heads * HEAD_DIM, 1) + gl.expand_dims(channel, 0)
         gl.store(tile_ptr + at, mine.load(STORED), gl.expand_dims(query < rows, 1))
         turn += 1

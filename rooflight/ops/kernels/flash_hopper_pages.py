@@ -163,7 +163,8 @@ def copy_pages(copied, QUERIES: gl.constexpr, plan: gl.constexpr):
     head, sequence, row, rows, keys = read(board, turn, 1)
     while head >= 0:
         last = last_tile(rows, keys, CONSUMERS * ROWS, BLOCK_N)
-        pages_ptr = table_ptr + sequence.to(gl.int64) * table_stride
+        # In 32 bits, as no table is larger: of 64 the compiler keeps a part in registers that the consumers lack.
+        pages_ptr = table_ptr + sequence * table_stride
         blocks = _blocks(pages_ptr, last, keys, PAGE, BLOCK_N)
         if QUERIES:
             q_desc, q_smem, q_ready, q_empty = copied[4]

@@ -90,7 +90,6 @@ def produce(copied, plan: gl.constexpr):
     index = gl.program_id(0)
     while index < tiles:
         send(index, turn, board, 1)
-        upcoming = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
         block, row = tile_of(index, section, blocks, all_heads, CAUSAL)
         sequence = row // heads
         head = row % heads // group
@@ -101,6 +100,8 @@ def produce(copied, plan: gl.constexpr):
         for part in gl.static_range(CONSUMERS):
             at = [sequence, first + part * ROWS, row % heads, 0]
             _copy(q_desc, at, q_smem.index(part), q_ready.index(part), q_empty.index(part), turn)
+        # Nothing else is ordered by it, and an ordering one would wait here for what memory owes to this warp.
+        upcoming = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         for step in range(last - low):
             after = (last - step - 1) * BLOCK_N
             _copy_keys(k_desc, [sequence, after, head, 0], count + 1, k_smem, k_ready, k_empty, STAGES)

@@ -143,7 +143,7 @@ def test_long_sequences_of_narrow_heads_compile(causal, window, compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize("page", [16, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_pages_compile_for_hopper(head_dim, page, dtype, compiled):
     q = torch.empty(3000, 16, head_dim, dtype=dtype, device="meta")
