@@ -1,9 +1,10 @@
-"""Attention's forward on a Hopper GPU: ours beside cuDNN's and FlashAttention-2's, in the same run, and its error.
+"""Attention's forward on a Hopper GPU: ours beside cuDNN's, FlashAttention-2's and, where it is there, 3's.
 
 TFLOP/s count 4·B·H·S²·E, halved where causal; times are medians of CUDA-graph replays over several inputs.
 
     python -m benchmarks.ops_flash [--tune] [--shapes 4x32x32x4096x128,8x16x16x4096x64] [--full]
 
+Times are of one run, and each has its error. FlashAttention-3: rooflight/workload/op_bench/flash3.py says how it comes.
 --tune also tries other plans; --full: without causality. Shapes are B x H x key heads x S x E.
 """
 
@@ -21,6 +22,7 @@ from triton.errors import TritonError
 from benchmarks.timing import graph_seconds
 from rooflight.ops.kernels.flash_hopper import forward
 from rooflight.ops.kernels.flash_hopper_plan import Plan, plan_for
+from rooflight.workload.op_bench.installed import find
 
 SHAPES = ((4, 32, 32, 4096, 128), (1, 32, 32, 16384, 128), (4, 32, 8, 4096, 128), (8, 16, 16, 4096, 64))
 SHAPES += ((16, 32, 32, 1024, 64),)
@@ -82,6 +84,8 @@ def errors(run: Attention, inputs: tuple[Tensor, Tensor, Tensor], causal: bool) 
 def attempts(head_dim: int, length: int, causal: bool, tune: bool) -> Iterator[tuple[str, Attention]]:
     yield "cuDNN", functools.partial(cudnn, causal=causal)
     yield "FlashAttention-2", functools.partial(flash2, causal=causal)
+    if (flash3 := find("rooflight.workload.op_bench.flash3", "forward")) is not None:
+        yield "FlashAttention-3", functools.partial(flash3, causal=causal)
     usual = plan_for(head_dim, length)
     yield f"ours {short(usual)}", functools.partial(ours, causal=causal, plan=usual)
     for plan in TUNED[head_dim] if tune else ():

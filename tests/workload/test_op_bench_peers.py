@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -169,3 +170,11 @@ def test_backends_that_refuse_are_absent() -> None:
         with pytest.raises(Absent):
             right("attention", backends[name], (2, 4, 2, 24, 16))
     assert right("attention", backends["math"], (2, 4, 2, 24, 16))
+
+
+def test_flash_attention_3_says_how_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The module's own import asks for its file by another way.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "rooflight.workload.op_bench.flash3", raising=False)
+    with pytest.raises(ImportError, match="pip install --no-deps xformers"):
+        importlib.import_module("rooflight.workload.op_bench.flash3")

@@ -141,8 +141,10 @@ def flex(device: torch.device, masked: Callable[..., Args]) -> list[Peer]:
 def flash_attention(device: torch.device, name: str, call: Callable[..., Any], **how: Any) -> list[Peer]:
     """FlashAttention 2 ("fa2") and 3 ("fa3") by their function `name`, called by `call(function, *args)`."""
     found: list[Peer] = []
-    for label, module in (("fa2", "flash_attn"), ("fa3", "flash_attn_interface")):
-        function = find(module, name) if device.type == "cuda" else None
+    # Of each the first that is there.
+    modules = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "rooflight.workload.op_bench.flash3")}
+    for label, places in modules.items() if device.type == "cuda" else ():
+        function = next((function for place in places if (function := find(place, name)) is not None), None)
         if function is None:
             continue
 
