@@ -187,7 +187,7 @@ def skinny_plans(rows: int, product: Product) -> Iterator[skinny_plan.Plan]:
 
 def wide_plans(rows: int, product: Product) -> Iterator[wide_plan.Plan]:
     """What shared memory allows."""
-    gated, block = product.gate is not None, wide_plan.rows_block(rows)
+    gated, block = product.gate is not None, stream_plan.rows_block(rows)
     for plan in itertools.starmap(
         wide_plan.Plan, itertools.product((64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (64, 128))
     ):
@@ -199,7 +199,7 @@ def wide_plans(rows: int, product: Product) -> Iterator[wide_plan.Plan]:
 
 def rule(name: str, rows: int, product: Product) -> Any:
     if name == "wide":
-        small = 1 < rows <= wide_plan.MOST_ROWS and product.weight_rows * product.inputs <= SMALL_WEIGHTS
+        small = 1 < rows <= stream_plan.MOST_ROWS and product.weight_rows * product.inputs <= SMALL_WEIGHTS
         sizes = (rows, product.outputs, product.inputs, product.gate is not None)
         return wide_plan.plan_for(*sizes, processors(torch.device("cuda"))) if small else None
     if name == "few":

@@ -26,18 +26,6 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, the workspace's too."""
-    new_empty, empty = Tensor.new_empty, torch.empty
-
-    def filled(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kw: filled(new_empty(self, *args, **kw)))
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: filled(empty(*args, **kw)))
-
-
-@pytest.fixture
 def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that falls back to the reference fails."""
 

@@ -97,10 +97,11 @@ def check(
     norm_weight_K: Tensor | None,
     residual_MN: Tensor | None,
     activation: str | None,
+    name: str = "stream_linear",
 ) -> None:
-    """Raise InvalidValue, with what is wrong, for arguments of `stream_linear` that its kernel cannot run."""
+    """Raise InvalidValue, with what is wrong, for arguments that neither `stream_linear` nor `wide_linear` can run."""
     if x_MK.dim() != 2 or not 0 < x_MK.shape[0] <= MOST_ROWS:
-        raise InvalidValue(f"stream_linear takes 1 to {MOST_ROWS} rows of a matrix, not x of {tuple(x_MK.shape)}")
+        raise InvalidValue(f"{name} takes 1 to {MOST_ROWS} rows of a matrix, not x of {tuple(x_MK.shape)}")
     rows, inputs = x_MK.shape
     if weight_NK.dim() != 2 or weight_NK.shape[1] != inputs:
         raise InvalidValue(f"weight of {tuple(weight_NK.shape)} does not take the {inputs} columns of x")
@@ -112,14 +113,14 @@ def check(
     if (tiles := tiles_of(outputs, activation is not None)) > MOST_TILES:
         raise InvalidValue(f"{outputs} outputs are {tiles} tiles; at most {MOST_TILES} are counted")
     vectors = {"bias": (bias_N, weight_NK.shape[0]), "norm weight": (norm_weight_K, inputs)}
-    for name, (vector, size) in vectors.items():
+    for label, (vector, size) in vectors.items():
         if vector is not None and (vector.shape != (size,) or not vector.is_contiguous()):
-            raise InvalidValue(f"{name} of {tuple(vector.shape)} is not a vector of {size}")
+            raise InvalidValue(f"{label} of {tuple(vector.shape)} is not a vector of {size}")
     if residual_MN is not None and (residual_MN.shape != (rows, outputs) or residual_MN.stride(1) != 1):
         raise InvalidValue(f"residual of {tuple(residual_MN.shape)} is not rows of {(rows, outputs)}")
     tensors = [x_MK, weight_NK, *(t for t in (bias_N, norm_weight_K, residual_MN) if t is not None)]
     if x_MK.dtype not in DTYPES or any(tensor.dtype != x_MK.dtype for tensor in tensors):
-        raise InvalidValue(f"stream_linear takes bf16 or fp16 throughout, not {[tensor.dtype for tensor in tensors]}")
-    for name, matrix in (("x", x_MK), ("weight", weight_NK)):
+        raise InvalidValue(f"{name} takes bf16 or fp16 throughout, not {[tensor.dtype for tensor in tensors]}")
+    for label, matrix in (("x", x_MK), ("weight", weight_NK)):
         if matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
-            raise InvalidValue(f"rows of {name} begin at multiples of 16 bytes, not with strides {matrix.stride()}")
+            raise InvalidValue(f"rows of {label} begin at multiples of 16 bytes, not with strides {matrix.stride()}")

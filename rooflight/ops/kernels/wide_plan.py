@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rooflight.errors import InvalidValue
-from rooflight.ops.kernels import ceil_div, power_of_2
+from rooflight.ops.kernels import ceil_div
+from rooflight.ops.kernels.stream_plan import check as check_operands
+from rooflight.ops.kernels.stream_plan import rows_block
 
-MOST_ROWS, LEAST_ROWS = 128, 16
-ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu"})
-DTYPES = frozenset({torch.bfloat16, torch.float16})
 SHARED_BYTES = 227 * 1024
 OTHER_BYTES = 2048  # barriers, squares
 HEIGHT = 64  # rows of the weight in a warpgroup's product
@@ -33,11 +31,6 @@ class Plan:
     rows: int
     splits: int
     inputs: int
-
-
-def rows_block(rows: int) -> int:
-    """Rows of x for which the kernel is compiled: a power of two, of which all smaller counts are a part."""
-    return max(LEAST_ROWS, power_of_2(rows))
 
 
 def steps_of(plan: Plan, inputs: int) -> int:
@@ -104,27 +97,11 @@ def check(
     activation: str | None,
 ) -> None:
     """Raise InvalidValue, with what is wrong, for arguments of `wide_linear` that its kernel cannot run."""
-    if x_MK.dim() != 2 or not 0 < x_MK.shape[0] <= MOST_ROWS:
-        raise InvalidValue(f"wide_linear takes 1 to {MOST_ROWS} rows of a matrix, not x of {tuple(x_MK.shape)}")
-    rows, inputs = x_MK.shape
-    if weight_NK.dim() != 2 or weight_NK.shape[1] != inputs:
-        raise InvalidValue(f"weight of {tuple(weight_NK.shape)} does not take the {inputs} columns of x")
+    check_operands(x_MK, weight_NK, bias_N, norm_weight_K, residual_MN, activation, "wide_linear")
     eights = 8 if activation is None else 16
-    if (activation is not None and activation not in ACTIVATIONS) or weight_NK.shape[0] % eights or inputs % 8:
+    if weight_NK.shape[0] % eights or weight_NK.shape[1] % 8:
         raise InvalidValue(
-            f"activation {activation!r} of {weight_NK.shape[0]} outputs of {inputs} inputs: both are in eights, gates "
-            f"and values apart; known: {sorted(ACTIVATIONS)}"
+            f"weight of {tuple(weight_NK.shape)}: inputs and outputs, gates and values apart, are in eights"
         )
-    outputs = weight_NK.shape[0] // (1 if activation is None else 2)
-    vectors = {"bias": (bias_N, weight_NK.shape[0]), "norm weight": (norm_weight_K, inputs)}
-    for name, (vector, size) in vectors.items():
-        if vector is not None and (vector.shape != (size,) or not vector.is_contiguous()):
-            raise InvalidValue(f"{name} of {tuple(vector.shape)} is not a vector of {size}")
-    if residual_MN is not None and residual_MN.shape != (rows, outputs):
-        raise InvalidValue(f"residual of {tuple(residual_MN.shape)} is not rows of {(rows, outputs)}")
-    tensors = [x_MK, weight_NK, *(t for t in (bias_N, norm_weight_K, residual_MN) if t is not None)]
-    if x_MK.dtype not in DTYPES or any(tensor.dtype != x_MK.dtype for tensor in tensors):
-        raise InvalidValue(f"wide_linear takes bf16 or fp16 throughout, not {[tensor.dtype for tensor in tensors]}")
-    for name, matrix in (("x", x_MK), ("weight", weight_NK), ("residual", residual_MN)):
-        if matrix is not None and (matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16):
-            raise InvalidValue(f"rows of {name} begin at multiples of 16 bytes, not with strides {matrix.stride()}")
+    if residual_MN is not None and (residual_MN.stride(0) % 8 or residual_MN.data_ptr() % 16):
+        raise InvalidValue(f"rows of residual begin at multiples of 16 bytes, not with strides {residual_MN.stride()}")
