@@ -4,11 +4,12 @@ Measured for a layer's four products and what stands between them (`benchmarks/o
     rows                        1      2      8      16     32     64     128
     Qwen3-0.6B  cuBLAS apart    33.3   35.3   30.4   28.4   28.5   29.4   30.8
                 few             -      13.0   13.7   32.8   26.3   -      -
-                wide            -      -      -      17.7   21.9   27.1   34.0
+                wide            -      -      -      17.7   21.9   27.1   34.0   from 64 on with a ring that is gone
     8B          cuBLAS apart    120.2  123.9  124.6  127.2  133.5  135.3
-                ours            111.6                120.2  130.6         skinny, then stream
-One product at 32 and 128 rows: with a norm wide takes 4.8 (qkv; few 7.4, cuBLAS 7.2) and 9.2 (7.3); with a sum few 3.4
-and 4.3, wide 3.9 and 5.3 at 32, wide 5.6 and 6.7, cuBLAS 6.2 and 7.4 at 128.
+                ours            111.1         116.3  117.7  127.2                skinny, then stream
+One product: with a norm, 32 rows, qkv: wide 4.8, few 7.4, cuBLAS 7.2. With a sum (1024×2048 and 1024×3072): 32 rows few
+3.4 and 4.3, wide 3.9 and 5.3; 64 rows wide 4.8 and 6.9, cuBLAS 6.0 and 7.4; 128 rows 5.6 and 6.7, 6.2 and 7.4, but
+there a layer with wide's sums between cuBLAS's products took 32.7.
 Legend: T tokens  D width  N output width  K input width
 """
 
@@ -27,10 +28,10 @@ from rooflight.ops.kernels.norm import rms_norm
 SMALL_WEIGHTS = 8 << 20  # numbers of a matrix: programs of `few` hold that much in registers
 # Rows up to which `few` and `wide` are the fastest for small matrices, of products with a norm and with a sum. With a
 # norm and 64 rows wide took 6.0 and 8.7 µs, cuBLAS 7.4 and 10.0, but by a ring of x whose bits were not always equal.
-FEW_NORMED, FEW_ADDED, WIDE_NORMED, WIDE_ADDED = 8, 32, 32, 128
+FEW_NORMED, FEW_ADDED, WIDE_NORMED, WIDE_ADDED = 8, 32, 32, 64
 # Numbers of a matrix from which `stream` makes a plain product too: a head of 128,256×4096 247 µs at 16 rows and 254 at
 # 32, cuBLAS 254 and 268; of 28,672×4096 58.3 and 60.2 against 56.7 and 62.4.
-HEAD_WEIGHTS = 128 << 20
+HEAD_WEIGHTS = 256 << 20
 # Where cuBLAS's own sum in its epilogue costs more than a pass over the residual: 1519 µs against 1371 + 47.
 LONG_ROWS, LONG_INPUTS = 4096, 8192
 

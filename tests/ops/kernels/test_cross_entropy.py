@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from rooflight.ops import loss as op
 from rooflight.ops.kernels import cross_entropy, loss
 from rooflight.ops.loss import IGNORE
+from tests.ops.kernels import test_ahead_of_time as ahead
 from tests.ops.kernels.conftest import Interpreter
-from tests.ops.kernels.test_ahead_of_time import Compiled, compiled, meta  # noqa: F401 - a fixture
+from tests.ops.kernels.test_ahead_of_time import meta
 from tests.ops.kernels.test_loss import DTYPES, assert_close
 
+compiled = ahead.compiled
 COMPILES = (cross_entropy._mean_kernel, cross_entropy._backward_kernel)
 
 
@@ -123,7 +125,7 @@ def test_what_the_kernels_leave_to_the_reference() -> None:
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(8192, 128256), (16384, 32000), (8192, 50257)])
 def test_compiles_for_hopper(
-    compiled: list[Compiled],  # noqa: F811
+    compiled: list[ahead.Compiled],
     tokens: int,
     vocabulary: int,
     softcap: float,

@@ -11,8 +11,9 @@ import torch
 from rooflight.ops.kernels import embedding, token_order
 
 from . import test_ahead_of_time as ahead
-from .test_ahead_of_time import compiled, meta  # noqa: F401 - a fixture
+from .test_ahead_of_time import meta
 
+compiled = ahead.compiled
 COMPILES = (token_order._count_kernel, token_order._place_kernel, embedding._write_kernel)
 # What a program of the sort leaves of a multiprocessor for the launch after it, in threads.
 BESIDE = 512
@@ -30,7 +31,7 @@ def test_compiles_for_hopper(
     width: int,
     dtype: torch.dtype,
     early: bool,
-    compiled: list[ahead.Compiled],  # noqa: F811
+    compiled: list[ahead.Compiled],
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(embedding, "early_launch", lambda rows: early)

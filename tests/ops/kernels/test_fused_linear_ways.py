@@ -30,7 +30,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         (9, Way.WIDE, Way.FEW, Way.STREAM),
         (32, Way.WIDE, Way.FEW, Way.STREAM),
         (33, Way.APART, Way.WIDE, Way.APART),
-        (65, Way.APART, Way.WIDE, Way.APART),
+        (65, Way.APART, Way.APART, Way.APART),
         (129, Way.APART, Way.APART, Way.APART),
         (8192, Way.APART, Way.APART, Way.APART),
     ],
